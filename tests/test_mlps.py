@@ -1,0 +1,161 @@
+import logging
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import nn
+from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, toy
+
+import tp_amp
+
+TIMM = {
+    "vit": ("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}, 32, 2),
+    "deit": ("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32}, 32, 2),
+    "dinov2": ("vit_small_patch14_dinov2", {"depth": 2, "img_size": 28}, 28, 2),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "window_size": 2, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32},
+        32,
+        4,
+    ),
+}
+
+
+def named_linears(model: nn.Module, *parts: str) -> list[tuple[str, str]]:
+    """What a reader of the source expects: for each prefix, its two MLP layers."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    firsts = [name for name in names if name.endswith(parts[0])]
+    return [(name, name[: -len(parts[0])] + parts[1]) for name in firsts]
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_finds_every_mlp_of_timm_models(family: str) -> None:
+    name, arguments, size, count = TIMM[family]
+    model = timm.create_model(name, pretrained=False, **arguments)
+    found = tp_amp.find_mlps(model, images(1, size=size, channels=3))
+    expected = named_linears(model, "mlp.fc1", "mlp.fc2")
+    assert [(mlp.up, mlp.down) for mlp in found] == [((up,), down) for up, down in expected]
+    assert len(found) == count
+    for mlp in found:
+        assert mlp.width == model.get_submodule(mlp.down).in_features
+        assert mlp.name == mlp.down.removesuffix(".fc2")
+
+
+def test_finds_every_mlp_of_open_clip() -> None:
+    arguments = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 32}
+    model = open_clip.model.CLIP(
+        embed_dim=32,
+        vision_cfg=arguments,
+        text_cfg={"layers": 1, "width": 32, "heads": 2, "vocab_size": 50, "context_length": 8},
+    )
+    found = tp_amp.find_mlps(model.visual, images(1, size=32, channels=3))
+    expected = named_linears(model.visual, "mlp.c_fc", "mlp.c_proj")
+    assert [(mlp.up[0], mlp.down) for mlp in found] == expected
+    assert len(found) == 2
+
+
+def test_gated_mlp_has_two_ups_in_call_order() -> None:
+    found = tp_amp.find_mlps(toy(gated=True), images(1))
+    assert found == [
+        tp_amp.MLP(
+            f"blocks.{i}.mlp",
+            (f"blocks.{i}.mlp.gate", f"blocks.{i}.mlp.value"),
+            f"blocks.{i}.mlp.out",
+            20,
+        )
+        for i in range(2)
+    ]
+
+
+def test_single_head_attention_is_no_mlp(caplog: pytest.LogCaptureFixture) -> None:
+    """TP calls the matrix products of attention element-wise."""
+    with caplog.at_level(logging.DEBUG, logger="tp_amp"):
+        found = tp_amp.find_mlps(toy(), images(1))
+    assert [mlp.down for mlp in found] == ["blocks.0.mlp.second", "blocks.1.mlp.second"]
+    assert "blocks.0.value starts no MLP" in caplog.text
+
+
+class Mixing(nn.Module):
+    """Two Linears of the same width with something in between that is not element-wise."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.matrix = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(self.embed(x).relu())
+        if self.between == "matrix":
+            h = h @ self.matrix.detach()
+        elif self.between == "softmax":
+            h = h.softmax(-1)
+        elif self.between == "tokens":
+            h = h + h.mean(1, keepdim=True)
+        elif self.between == "roll":
+            h = h.roll(1, -1)
+        elif self.between == "two readers":
+            return self.down(h) + self.down(h.relu()) + h.sum(-1, keepdim=True)
+        return self.down(h)
+
+
+@pytest.mark.parametrize("between", ["matrix", "softmax", "tokens", "roll", "two readers"])
+def test_what_is_not_element_wise_is_left_out(between: str) -> None:
+    found = tp_amp.find_mlps(Mixing(between), torch.randn(1, 5, 4))
+    assert "down" not in [mlp.down for mlp in found]
+
+
+def test_element_wise_between_is_found() -> None:
+    found = tp_amp.find_mlps(Mixing("nothing"), torch.randn(1, 5, 4))
+    assert [(mlp.up, mlp.down) for mlp in found] == [(("embed",), "up"), (("up",), "down")]
+
+
+def test_layers_called_through_functions_are_left_out() -> None:
+    class Functional(PlainMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = nn.functional.linear(x, self.first.weight, self.first.bias)
+            return self.second(self.act(h))
+
+    assert tp_amp.find_mlps(Functional(4, 8), torch.randn(1, 5, 4)) == []
+
+
+@pytest.mark.parametrize("mlp", [PlainMLP, GatedMLP])
+def test_two_dimensional_input(mlp: type[nn.Module]) -> None:
+    assert len(tp_amp.find_mlps(mlp(4, 8), torch.randn(3, 4))) == 1
+
+
+@pytest.mark.parametrize("mode", ["plain", "no_grad", "inference"])
+def test_frozen_training_model_is_found_and_given_back(mode: str) -> None:
+    model = toy()
+    model.train()
+    model.blocks[0].eval()
+    model(images()).sum().backward()
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    before = fingerprint(model)
+    context = {
+        "plain": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+    }
+    with context[mode]():
+        assert len(tp_amp.find_mlps(model, images(1))) == 2
+    assert fingerprint(model) == before
+
+
+def test_dict_and_tuple_inputs() -> None:
+    class Keywords(ToyViT):
+        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+            return super().forward(pixels)
+
+    assert len(tp_amp.find_mlps(Keywords(), {"pixels": images(1)})) == 2
+    assert len(tp_amp.find_mlps(toy(), (images(1),))) == 2
+
+
+def test_wrong_example_inputs_raise_and_leave_no_hooks() -> None:
+    model = toy()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"failed on inputs of shape \(1, 3, 8, 8\)"):
+        tp_amp.find_mlps(model, images(1, channels=3))
+    assert fingerprint(model) == before

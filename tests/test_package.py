@@ -1,0 +1,21 @@
+import subprocess
+import sys
+
+import tp_amp
+
+
+def test_import_is_light() -> None:
+    heavy = {"timm", "open_clip", "scipy", "matplotlib", "pyarrow"}
+    code = f"import sys, tp_amp; print(sorted({heavy!r} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_all_is_there_and_documented() -> None:
+    for name in tp_amp.__all__:
+        documented = getattr(tp_amp, name)
+        assert documented.__doc__
+        if name != "MLP":
+            assert ">>> " in documented.__doc__, f"{name} has no runnable example"

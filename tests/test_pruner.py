@@ -1,0 +1,454 @@
+import copy
+import logging
+import math
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+from test_importance import entropy_of
+from torch import Tensor, nn
+from toys import ToyViT, fingerprint, images, masked, perturbed, relative, toy
+
+import tp_amp
+from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance
+
+
+def data(seed: int = 1, **arguments: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches for scoring and for the search, with no image in common."""
+    whole = images(16, seed, **arguments)
+    return list(whole[:8].split(4)), list(whole[8:].split(4))
+
+
+def pruner_of(model: nn.Module, seed: int = 1, **arguments: object) -> AdaptiveMLPPruner:
+    scoring, search = data(seed)
+    importance = arguments.pop("importance", None) or EntropyTaylorImportance(data=scoring)
+    return AdaptiveMLPPruner(model, images(1), importance, search, **arguments)
+
+
+def sliced_copy(model: nn.Module, ups: list[str], down: str, keep: list[int]) -> nn.Module:
+    """A deep copy of the model with new, smaller layers."""
+    model = copy.deepcopy(model)
+    for name in [*ups, down]:
+        old = model.get_submodule(name)
+        size = (len(keep), old.out_features) if name == down else (old.in_features, len(keep))
+        new = nn.Linear(*size, bias=old.bias is not None)
+        with torch.no_grad():
+            new.weight.copy_(old.weight[:, keep] if name == down else old.weight[keep])
+            if old.bias is not None:
+                new.bias.copy_(old.bias if name == down else old.bias[keep])
+        model.set_submodule(name, new)
+    return model
+
+
+def brute_force(
+    model: nn.Module,
+    mlps: list[tuple[list[str], str]],
+    scores: dict[str, Tensor],
+    batches: list[Tensor],
+    max_increase: float,
+    steps: int,
+    rescore: bool,
+    objective: str,
+) -> dict[str, list[int]]:
+    """AMP with a deep copy of the model sliced at every probe."""
+
+    def entropy(candidate: nn.Module) -> float:
+        with torch.no_grad():
+            values = [float(entropy_of(objective, candidate(b))) * len(b) for b in batches]
+        return sum(values) / sum(len(b) for b in batches)
+
+    reference, kept = entropy(model), {}
+    for ups, down in reversed(mlps):
+        if rescore:
+            scores = EntropyTaylorImportance(objective).collect(model, data()[0]).scores
+        hidden = model.get_submodule(down).in_features
+        order = sorted(range(hidden), key=lambda j, s=scores[down]: (-float(s[j]), j))
+        left, right, best = 0, hidden, (reference, model, list(range(hidden)))
+        for _ in range(steps):
+            middle = (left + right) // 2
+            if middle == left:
+                break
+            candidate = sliced_copy(model, ups, down, sorted(order[:middle]))
+            value = entropy(candidate)
+            if value - reference <= max_increase:
+                right, best = middle, (value, candidate, sorted(order[:middle]))
+            else:
+                left = middle
+        reference, model, kept[down] = best
+    return kept
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rescore", [False, True])
+@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize("max_increase", [0.0, 0.003, 0.02])
+def test_search_equals_deep_copies_sliced_at_each_probe(
+    gated: bool, rescore: bool, classes: int, max_increase: float
+) -> None:
+    model = toy(gated=gated, classes=classes, depth=3)
+    names = ["gate", "value"] if gated else ["first"]
+    mlps = [
+        ([f"blocks.{i}.mlp.{n}" for n in names], f"blocks.{i}.mlp.{'out' if gated else 'second'}")
+        for i in range(3)
+    ]
+    objective = "prediction" if classes else "similarity"
+    scores = EntropyTaylorImportance(objective).collect(model, data()[0]).scores
+    expected = brute_force(model, mlps, scores, data()[1], max_increase, 4, rescore, objective)
+    pruner = pruner_of(model, max_increase=max_increase, steps=4, rescore=rescore)
+    pruner.step()
+    assert pruner.plan.keep == expected
+    assert pruner.plan.widths == {
+        mlp.down: model.get_submodule(mlp.down).in_features for mlp in pruner.mlps
+    }
+
+
+def zoo() -> dict[str, tuple[nn.Module, int]]:
+    small = {"pretrained": False, "num_classes": 7}
+    swin = {"window_size": 2, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32}
+    tower = open_clip.model.VisionTransformer(32, 16, 64, 2, 4, 4.0, output_dim=8)
+    return {
+        "vit": (timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, **small), 32),
+        "deit": (
+            timm.create_model("deit_tiny_distilled_patch16_224", depth=2, img_size=32, **small),
+            32,
+        ),
+        "dinov2": (
+            timm.create_model("vit_small_patch14_dinov2", depth=2, img_size=28, pretrained=False),
+            28,
+        ),
+        "swin": (
+            timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **swin, **small),
+            32,
+        ),
+        "open_clip": (tower, 32),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "swin", "open_clip"])
+def test_pruned_equals_masked_dense(name: str) -> None:
+    torch.manual_seed(0)
+    model, size = zoo()[name]
+    model = perturbed(model)
+    dense = copy.deepcopy(model)
+    scoring, search = data(size=size, channels=3)
+    pruner = AdaptiveMLPPruner(
+        model,
+        scoring[0][:1],
+        EntropyTaylorImportance(data=scoring),
+        search,
+        max_increase=1.0,
+        steps=2,
+        max_pruning_ratio=0.75,
+    )
+    pruner.step()
+    kept = [width / dense.get_submodule(n).in_features for n, width in pruner.plan.widths.items()]
+    assert min(kept) < 1
+    with torch.no_grad():
+        expected = masked(dense, pruner.plan.keep)(search[0])
+        assert relative(model(search[0]), expected) < 1e-5
+        assert relative(dense(search[0]), expected) > 1e-3  # the masks matter
+
+
+def test_deit_distilled_reads_the_mean_of_two_heads() -> None:
+    """In eval mode its output is one tensor of logits; the search uses that."""
+    model = zoo()["deit"][0]
+    scoring, search = data(size=32, channels=3)
+    pruner = AdaptiveMLPPruner(
+        model, scoring[0][:1], EntropyTaylorImportance(data=scoring), search, steps=1
+    )
+    pruner.step()
+    with torch.no_grad():
+        model.eval()
+        value = sum(float(entropy_of("prediction", model(b))) for b in search) / 2
+    accepted = [p for probes in pruner.plan.probes.values() for p in probes if p.accepted]
+    if accepted:
+        assert value == pytest.approx(
+            next(iter(p.entropy for ps in pruner.plan.probes.values() for p in ps if p.accepted)),
+            rel=1e-4,
+        )
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [
+        tp.importance.RandomImportance(),
+        tp.importance.MagnitudeImportance(p=1),
+        tp.importance.LAMPImportance(),
+        tp.pruner.importance.FPGMImportance(),
+    ],
+    ids=lambda importance: type(importance).__name__,
+)
+def test_any_torch_pruning_importance(importance: tp.importance.Importance) -> None:
+    model = toy()
+    dense = copy.deepcopy(model)
+    pruner = pruner_of(model, importance=importance, max_increase=0.5)
+    pruner.step()
+    assert all(width < 20 for width in pruner.plan.widths.values())
+    with torch.no_grad():
+        expected = masked(dense, pruner.plan.keep)(images())
+        assert relative(model(images()), expected) < 1e-5
+
+
+def test_probes_hold_the_entropy_of_the_model_cut_to_that_width() -> None:
+    model = toy()
+    pruner = pruner_of(model, max_increase=0.01)
+    scores = EntropyTaylorImportance().collect(model, data()[0]).scores
+    dense = copy.deepcopy(model)
+    pruner.step()
+    last = pruner.mlps[-1].down
+    order = scores[last].argsort(descending=True, stable=True).tolist()
+    for probe in pruner.plan.probes[last]:
+        with torch.no_grad():
+            candidate = masked(dense, {last: order[: probe.width]})
+            values = [float(entropy_of("prediction", candidate(b))) for b in data()[1]]
+        assert probe.entropy == pytest.approx(sum(values) / 2, rel=1e-5)
+        assert probe.accepted == (probe.entropy - pruner.plan.dense_entropy <= 0.01)
+
+
+def test_interactive_step_yields_groups_that_the_caller_prunes() -> None:
+    automatic, manual = toy(), toy()
+    pruner_of(automatic, max_increase=0.01).step()
+    pruner = pruner_of(manual, max_increase=0.01)
+    before = manual(images())
+    groups = pruner.step(interactive=True)
+    first = next(groups)
+    torch.testing.assert_close(manual(images()), before)  # not cut yet
+    first.prune()
+    for group in groups:
+        assert isinstance(group, tp.dependency.Group)
+        group.prune()
+    assert repr(manual) == repr(automatic)
+    torch.testing.assert_close(manual(images()), automatic(images()))
+
+
+def test_pruning_history_replays_on_the_dense_model() -> None:
+    model, again = toy(), toy()
+    pruner = pruner_of(model, max_increase=0.01)
+    pruner.step()
+    replay = tp.pruner.MetaPruner(again, (images(1),), tp.importance.RandomImportance())
+    replay.load_pruning_history(pruner.pruning_history())
+    torch.testing.assert_close(again(images()), model(images()))
+
+
+def test_enumerates_no_group_that_is_no_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = []
+    original = tp.DependencyGraph.get_pruning_group
+
+    def spy(self, module, pruning_fn, idxs):
+        roots.append(self._module2name[module])
+        return original(self, module, pruning_fn, idxs)
+
+    monkeypatch.setattr(tp.DependencyGraph, "get_pruning_group", spy)
+    pruner = pruner_of(toy(), max_increase=0.01)
+    assert sorted(set(roots)) == ["blocks.0.mlp.first", "blocks.1.mlp.first"]
+    built = len(roots)
+    pruner.step()
+    assert len(roots) == built + 2  # one for each cut, none in the search
+
+
+def test_frozen_flags_training_mode_and_gradients_survive_pruning() -> None:
+    model = toy()
+    model(images()).sum().backward()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp.second" not in name)
+    model.train()
+    model.blocks[0].eval()
+    before = fingerprint(model)
+    pruner_of(model, max_increase=0.01).step()
+    after = fingerprint(model)
+    for key in ("required", "training", "hooks", "random"):
+        assert after[key] == before[key]
+    assert model.norm.weight.grad.tolist() == before["gradients"]["norm.weight"]
+
+
+@pytest.mark.parametrize("when", [0, 1, 5])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_error_in_a_search_leaves_the_model_untouched(when: int, error: type[Exception]) -> None:
+    model = toy()
+    scoring, search = data()
+    reads = []
+
+    class Failing:
+        def __iter__(self):
+            reads.append(1)
+            yield search[0]
+            if len(reads) > when:
+                raise error
+            yield search[1]
+
+    importance = EntropyTaylorImportance().collect(model, scoring)
+    pruner = AdaptiveMLPPruner(model, images(1), importance, Failing(), max_increase=0.5)
+    before = fingerprint(model)
+    with pytest.raises(error):
+        pruner.step()
+    assert fingerprint(model) == before
+
+
+def test_same_call_gives_the_same_plan_with_a_shuffling_loader() -> None:
+    whole = torch.utils.data.TensorDataset(images(32), torch.zeros(32))
+    loader = torch.utils.data.DataLoader(whole, batch_size=4, shuffle=True)
+    plans = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        scoring, search = tp_amp.split_batches(loader)
+        model = toy(classes=0)
+        pruner = AdaptiveMLPPruner(
+            model, images(1), EntropyTaylorImportance(data=scoring), search, max_increase=0.02
+        )
+        pruner.step()
+        plans.append(pruner.plan)
+    assert plans[0] == plans[1]
+
+
+def test_round_to_min_width_and_max_pruning_ratio() -> None:
+    pruner = pruner_of(toy(hidden=40), max_increase=10.0, round_to=8)
+    pruner.step()
+    assert set(pruner.plan.widths.values()) == {8}
+    pruner = pruner_of(toy(hidden=40), max_increase=10.0, min_width=13)
+    pruner.step()
+    assert set(pruner.plan.widths.values()) == {13}
+    pruner = pruner_of(toy(hidden=40), max_increase=10.0, max_pruning_ratio=0.33, round_to=4)
+    pruner.step()
+    assert set(pruner.plan.widths.values()) == {28}  # 40 * 0.67 = 26.8 and up to a multiple of 4
+
+
+def test_ignored_layers_are_not_pruned() -> None:
+    model = toy()
+    pruner = pruner_of(model, max_increase=10.0, ignored_layers=[model.blocks[0].mlp])
+    pruner.step()
+    assert list(pruner.plan.keep) == ["blocks.1.mlp.second"]
+    assert model.blocks[0].mlp.first.out_features == 20
+    model = toy()
+    with pytest.raises(ValueError, match="all 2 MLPs are among the ignored layers"):
+        pruner_of(model, ignored_layers=[model.blocks])
+
+
+def test_objective_argument_wins_over_the_importances() -> None:
+    model = toy()
+    calls = []
+
+    def objective(output: Tensor) -> Tensor:
+        calls.append(1)
+        return output.square().mean()
+
+    pruner_of(model, objective=objective).step()
+    assert calls
+
+
+def test_nothing_pruned_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    reads = []
+
+    def growing(output: Tensor) -> Tensor:
+        reads.append(1)
+        return output.sum() * 0 + len(reads)
+
+    with caplog.at_level(logging.WARNING, logger="tp_amp"):
+        pruner_of(model, objective=growing).step()
+    assert "blocks.1.mlp.second keeps all 20 channels" in caplog.text
+    assert "nothing is pruned" in caplog.text
+    assert model.blocks[0].mlp.first.out_features == 20
+
+
+def test_second_step_says_that_nothing_happens(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = pruner_of(toy(), max_increase=0.01)
+    pruner.step()
+    widths = pruner.plan.widths
+    pruner.step()
+    assert "pruned by step() before" in caplog.text
+    assert pruner.plan.widths == widths
+
+
+BAD_ARGUMENTS = [
+    ({"max_increase": -0.1}, "max_increase must be a finite number"),
+    ({"max_increase": math.nan}, "max_increase must be a finite number"),
+    ({"max_increase": math.inf}, "max_increase must be a finite number"),
+    ({"steps": 0}, "steps must be an integer"),
+    ({"steps": 2.5}, "steps must be an integer"),
+    ({"round_to": 0}, "round_to must be an integer"),
+    ({"min_width": 0}, "min_width must be an integer"),
+    ({"max_pruning_ratio": 0.0}, "max_pruning_ratio must be a fraction"),
+    ({"max_pruning_ratio": 1.5}, "max_pruning_ratio must be a fraction"),
+    ({"objective": "loss"}, "objective must be 'auto'"),
+    ({"rescore": True, "importance": EntropyTaylorImportance()}, "rescore=True needs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_raise_and_leave_the_model_untouched(
+    arguments: dict[str, object], message: str
+) -> None:
+    model = toy()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message):
+        pruner_of(model, **arguments)
+    assert fingerprint(model) == before
+
+
+def test_calibration_must_be_repeatable_and_not_the_scoring_data() -> None:
+    scoring, search = data()
+    importance = EntropyTaylorImportance(data=scoring)
+    with pytest.raises(TypeError, match="one-shot"):
+        AdaptiveMLPPruner(toy(), images(1), importance, iter(search))
+    with pytest.raises(ValueError, match="scores on the calibration batches"):
+        AdaptiveMLPPruner(toy(), images(1), importance, scoring)
+
+
+def test_no_mlp_raises() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(ValueError, match="no MLP was found in Sequential; set the log level"):
+        pruner_of(model)
+
+
+def test_nan_weights_and_scores_raise() -> None:
+    model = toy()
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"parameter head\.bias holds NaN"):
+        pruner_of(model)
+    model = toy()
+    pruner = pruner_of(model, importance=lambda group: torch.full((20,), math.nan))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"scores for blocks\.1\.mlp\.second must be 20 finite"):
+        pruner.step()
+    pruner = pruner_of(model, importance=lambda group: None)
+    with pytest.raises(ValueError, match=r"no score for the MLP blocks\.1\.mlp\.second"):
+        pruner.step()
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        ([], ValueError, "holds no batch"),
+        ([images(2, size=12, channels=3)], ValueError, "size and channels"),
+        ([images() * math.nan], ValueError, "check the images for NaN"),
+    ],
+)
+def test_bad_calibration_raises_and_leaves_the_model_untouched(
+    calibration: list[Tensor], error: type[Exception], message: str
+) -> None:
+    model = toy()
+    importance = EntropyTaylorImportance().collect(model, data()[0])
+    pruner = AdaptiveMLPPruner(model, images(1), importance, calibration)
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        pruner.step()
+    assert fingerprint(model) == before
+
+
+def test_unexpected_output_type_raises() -> None:
+    class Text(ToyViT):
+        def forward(self, x: Tensor) -> object:
+            output = super().forward(x)
+            return output if torch.is_grad_enabled() else "text"
+
+    model = Text()
+    importance = tp.importance.MagnitudeImportance()
+    pruner = pruner_of(model, importance=importance, objective="prediction")
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match="model returned a str; pass objective=a callable"):
+        pruner.step()
+    assert fingerprint(model) == before

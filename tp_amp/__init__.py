@@ -1,0 +1,39 @@
+"""Torch-Pruning importances and pruners that make vision transformers smaller without labels."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tp_amp.batches import split_batches as split_batches
+    from tp_amp.importance import EntropyTaylorImportance as EntropyTaylorImportance
+    from tp_amp.mlps import MLP as MLP
+    from tp_amp.mlps import find_mlps as find_mlps
+    from tp_amp.plan import PruningPlan as PruningPlan
+    from tp_amp.plan import apply_plan as apply_plan
+    from tp_amp.plan import plan_from_importance as plan_from_importance
+    from tp_amp.pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
+
+__version__ = "0.1.0"
+
+# Imported on first use: torch_pruning imports timm, and `import tp_amp` shall stay light.
+_MODULES = {
+    "MLP": "mlps",
+    "AdaptiveMLPPruner": "pruner",
+    "EntropyTaylorImportance": "importance",
+    "PruningPlan": "plan",
+    "apply_plan": "plan",
+    "find_mlps": "mlps",
+    "plan_from_importance": "plan",
+    "split_batches": "batches",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tp_amp' has no attribute {name!r}")
+    return getattr(import_module(f"tp_amp.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,69 @@
+"""Context managers that give everything back: flags, hooks, random state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
+    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore."""
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        for parameter in required:
+            # Integer parameters (quantised weights) can't require a gradient.
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(trainable)
+        yield
+    finally:
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove all hook handles on exit."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generators that loaders draw from, and restore them on exit.
+
+    A shuffling loader then gives the same batches in the same order each time.
+    """
+    state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        numpy.random.set_state(state[2])
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"parameter {name} holds NaN or infinite values; load sound weights before pruning"
+            )

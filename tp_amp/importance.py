@@ -1,0 +1,277 @@
+"""The label-free entropy-Taylor importance of AMP, as a Torch-Pruning importance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tp_amp._state import check_finite, evaluating, hooks, seeded
+from tp_amp.batches import Inputs, check_batches, stream
+from tp_amp.groups import GroupLayer, sum_in_channels
+from tp_amp.objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+
+class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[misc]
+    """Score channels by activation times gradient of a label-free entropy (AMP, arXiv 2603.08100).
+
+    For each layer, h is its input, `(images, tokens, hidden)`. The score of neuron j is the mean
+    over images of |sum over tokens of h_j * dE/dh_j|, with all parameters frozen: the gradient
+    flows through activations alone. For an MLP, h is the input of `down`. For any other group
+    (attention, embedding) the scores of the group's in-channel layers are summed.
+
+    Without collected scores it falls back on the gradients that the script's own backward pass
+    left: |sum of w * dw| over each input channel's weights, which equals
+    |sum over images and tokens of h * dE/dh|.
+
+    Args:
+        objective: `"prediction"` (entropy of the predicted classes), `"similarity"` (entropy of an
+            image's similarities to its batch), `"auto"` (prediction where the model ends in a
+            classifier, else similarity; logged), or a callable that takes the model's output and
+            returns a scalar tensor.
+        temperature: of the similarity softmax; the paper uses 1/15 and 1/20.
+        data: an iterable of batches. With it, scores are collected on the first group asked about,
+            and again when the model's weights have changed since.
+        normalizer: any of Torch-Pruning's (`"mean"`, `"lamp"`, ...); by default none, since all
+            scores are in the same unit, nats of the same entropy.
+
+    Attributes:
+        scores: module path of each Linear or convolution -> score of each of its input channels
+            `(in,)` in float32; an MLP's scores stand under its `down`.
+
+    Raises:
+        ValueError: `objective` or `temperature` is not valid.
+        TypeError: `data` can't be iterated.
+
+    Example:
+        >>> import timm, torch, torch_pruning as tp, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
+        >>> images = torch.randn(4, 3, 224, 224)
+        >>> importance = tp_amp.EntropyTaylorImportance().collect(model, images.split(2))
+        >>> importance.scores["blocks.0.mlp.fc2"].shape
+        torch.Size([768])
+    """
+
+    def __init__(
+        self,
+        objective: str | Callable[[Any], Tensor] = "auto",
+        temperature: float = 1 / 15,
+        data: Iterable[Any] | None = None,
+        *,
+        normalizer: str | Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(group_reduction="sum", normalizer=normalizer)
+        self.objective = Objective(objective, temperature)
+        self._resolved = self.objective
+        if data is not None:
+            check_batches(data)
+        self.data = data
+        self.scores: dict[str, Tensor] = {}
+        self._weights: list[tuple[int, int, torch.Size]] = []
+        self._own_loss = False
+        self._told_loss = False
+
+    def collect(
+        self, model: nn.Module, batches: Iterable[Any], *, progress: bool = True
+    ) -> EntropyTaylorImportance:
+        """Score every layer's input channels on unlabelled images, one batch at a time.
+
+        No parameter gradient is computed, only one batch's activations are kept, and the model is
+        left as it was: flags, gradients, hooks and random state.
+
+        Args:
+            model: the model; it decides device and dtype of the images.
+            batches: yields tensors `(images, ...)`, tuples `(images, labels)` or dicts; labels are
+                ignored.
+            progress: show a progress bar on a terminal.
+
+        Returns:
+            Itself, with `scores` filled.
+
+        Raises:
+            TypeError: a batch, or the model's output, is of an unexpected type.
+            ValueError: no batch, a batch of one for `similarity`, images that the model fails on,
+                NaN in weights or scores.
+        """
+        check_finite(model)
+        recorder = _Recorder(model)
+        objective = self.objective
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(model, trainable=False),
+            seeded(0),
+        ):
+            for inputs in stream(batches, model, description="scoring", progress=progress):
+                objective = objective.resolve(model, inputs)
+                recorder.run(model, inputs, objective)
+        scores = recorder.means()
+        self.scores, self._resolved, self._weights = scores, objective, _weights(model)
+        return self
+
+    def loss(self, output: Any) -> Tensor:
+        """The entropy (nats) of a model's output, for scripts that call `backward` themselves.
+
+        Args:
+            output: logits `(images, classes)` for `prediction` (and for `auto`), features
+                `(images, features)` for `similarity`, or whatever the callable takes.
+
+        Raises:
+            TypeError: the output is of another type or shape.
+        """
+        self._own_loss = True
+        return self._resolved.of_output(output)
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score the root channels of a group `(channels,)`; high means keep.
+
+        Returns:
+            None, with a logged reason, for a group that has no scored layer.
+
+        Raises:
+            ValueError: neither scores nor gradients are there, scores are of another width than
+                the layer (it was pruned since), or a score is not finite.
+        """
+        model = group._DG.model
+        if self.data is not None and self._weights != _weights(model):
+            self.collect(model, self.data)
+        if self.scores:
+            total, scored = sum_in_channels(group, self._collected)
+        else:
+            self._check_gradients(model)
+            total, scored = sum_in_channels(group, _weight_times_gradient)
+        root = group._DG._module2name[group[0].dep.target.module]
+        if total is None:
+            logger.warning("no score for the group of %s: none of its readers was called", root)
+            return None
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"the scores of {scored} are not finite; check the gradients and the images"
+            )
+        scores: Tensor = self._normalize(total, self.normalizer)
+        return scores
+
+    def _collected(self, layer: GroupLayer) -> Tensor | None:
+        scores = self.scores.get(layer.name)
+        width = getattr(layer.module, "in_features", None) or getattr(
+            layer.module, "in_channels", 0
+        )
+        if scores is not None and len(scores) != width:
+            raise ValueError(
+                f"{layer.name} has {width} input channels and {len(scores)} scores; collect again "
+                "after pruning, or pass data= so that this happens by itself"
+            )
+        return scores
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        if all(parameter.grad is None for parameter in model.parameters()):
+            raise ValueError(
+                "EntropyTaylorImportance has neither scores nor gradients; call "
+                "importance.collect(model, batches), pass data=, or call "
+                "importance.loss(model(images)).backward() before pruning"
+            )
+        if not self._own_loss and not self._told_loss:
+            logger.warning(
+                "no collected scores: the gradients of the script's own loss are used; for the "
+                "label-free entropy pass data= or call importance.loss(output).backward()"
+            )
+            self._told_loss = True
+
+
+class _Recorder:
+    """Accumulates |sum over tokens of h * dE/dh| of every Linear's and convolution's input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Transposed and depthwise convolutions included: TP couples their input channels too.
+        types = (nn.Linear, nn.modules.conv._ConvNd)
+        self.names: dict[nn.Module, str] = {
+            module: name for name, module in model.named_modules() if isinstance(module, types)
+        }
+        self.sums: dict[str, Tensor] = {}
+        self.seen = 0
+        self.images = 0
+        self.inputs: set[int] = set()
+
+    def run(self, model: nn.Module, inputs: Inputs, objective: Objective) -> None:
+        self.images = inputs.images
+        self.inputs = {tensor.untyped_storage().data_ptr() for tensor in inputs.tensors()}
+        with hooks(module.register_forward_pre_hook(self._watch) for module in self.names):
+            value = objective(model, inputs)
+            if not value.requires_grad:
+                raise ValueError(
+                    "the objective does not depend on any Linear's or convolution's input; "
+                    "check that the objective reads the model's output with its gradient"
+                )
+            # Times the images, so that half-precision gradients of a mean don't underflow.
+            (value * self.images).backward()  # type: ignore[no-untyped-call]
+        self.seen += self.images
+
+    def _watch(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        # Input channels of the images are never pruned; gradients start after the first layer.
+        if not args or args[0].untyped_storage().data_ptr() in self.inputs:
+            return None
+        # A tensor of its own for each layer: its gradient is that through this layer alone.
+        hidden = args[0].view_as(args[0])
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        value = hidden.detach()
+        hidden.register_hook(lambda gradient: self._add(module, value, gradient))
+        return (hidden, *args[1:])
+
+    @torch.no_grad()
+    def _add(self, module: nn.Module, hidden: Tensor, gradient: Tensor) -> None:
+        name = self.names[module]
+        if not isinstance(module, nn.Linear):
+            hidden, gradient = (t.transpose(1, -1) for t in (hidden, gradient))
+        channels = hidden.shape[-1]
+        if hidden.shape[0] % self.images:
+            raise ValueError(
+                f"{name} reads a tensor of shape {tuple(hidden.shape)} for {self.images} images; "
+                "its first dimension must count images (or windows of them)"
+            )
+        if hidden.dtype in (torch.float16, torch.bfloat16):
+            hidden, gradient = hidden.float(), gradient.float()
+        # Windows of one image lie next to each other, so they are summed like its tokens.
+        product = (hidden * gradient).reshape(self.images, -1, channels)
+        total = product.sum(1).abs().sum(0) / self.images
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean over all images seen; raises ValueError naming a layer with a score not finite."""
+        scores = {name: total / self.seen for name, total in self.sums.items()}
+        for name, score in scores.items():
+            if not bool(torch.isfinite(score).all()):
+                raise ValueError(
+                    f"scores of {name} are not finite; check the images for NaN, or score in "
+                    "float32 or bfloat16 instead of float16"
+                )
+        return scores
+
+
+def _weights(model: nn.Module) -> list[tuple[int, int, torch.Size]]:
+    """Changes when a parameter is replaced (pruning) or changed in place (an optimizer)."""
+    return [
+        (id(parameter), parameter._version, parameter.shape) for parameter in model.parameters()
+    ]
+
+
+def _weight_times_gradient(layer: GroupLayer) -> Tensor | None:
+    """|sum of w * dw| over the weights of each input channel, `(in,)`."""
+    weight, gradient = layer.module.weight, layer.module.weight.grad
+    if not isinstance(weight, Tensor) or not isinstance(gradient, Tensor):
+        return None
+    product = weight.detach().float() * gradient.float()
+    if product.dim() > 2:
+        product = product.flatten(2).sum(-1)
+    if getattr(layer.module, "transposed", False):
+        return product.sum(1).abs()
+    groups = int(getattr(layer.module, "groups", 1))
+    per_group: Tensor = product.reshape(groups, -1, product.shape[1]).sum(1).flatten().abs()
+    return per_group

@@ -1,0 +1,239 @@
+"""The label-free objective of AMP: an entropy (nats) of a model's predictions or similarities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp._state import evaluating, hooks, seeded
+from tp_amp.batches import Inputs, stream
+
+logger = logging.getLogger(__name__)
+
+
+def prediction_entropy(logits: Tensor) -> Tensor:
+    """Mean over images of the Shannon entropy (nats) of softmax(logits).
+
+    Args:
+        logits: `(images, classes)`.
+
+    Example:
+        >>> round(float(prediction_entropy(torch.zeros(3, 10))), 4)  # log(10)
+        2.3026
+    """
+    log_p = _wide(logits).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def similarity_entropy(features: Tensor, temperature: float = 1 / 15) -> Tensor:
+    """Mean over images of the entropy (nats) of each image's similarity to all of the batch.
+
+    The AMP objective: unit features f, p = softmax(f f^T / temperature) row by row, the diagonal
+    included, in float32 or wider.
+
+    Args:
+        features: `(images, features)`, at least two images.
+        temperature: of the softmax; the paper uses 1/15 and 1/20.
+
+    Raises:
+        ValueError: the batch holds fewer than two images.
+    """
+    if len(features) < 2:
+        raise ValueError(
+            "the similarity objective compares the images of a batch and found a batch of "
+            f"{len(features)}; use larger batches, and drop_last=True for a last batch of one"
+        )
+    unit = nn.functional.normalize(_wide(features), dim=-1)
+    return prediction_entropy(unit @ unit.T / temperature)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+class Objective:
+    """What is measured on a batch: a scalar tensor, without labels.
+
+    Args:
+        kind: `"prediction"`, `"similarity"`, `"auto"` (prediction where the model ends in a
+            classifier, else similarity; decided on the first batch and logged), or a callable that
+            takes the model's output and returns a scalar tensor.
+        temperature: of `similarity`.
+
+    Raises:
+        ValueError: `kind` is another string, or the temperature is not positive.
+    """
+
+    def __init__(
+        self, kind: str | Callable[[Any], Tensor] = "auto", temperature: float = 1 / 15
+    ) -> None:
+        if not callable(kind) and kind not in ("auto", "prediction", "similarity"):
+            raise ValueError(
+                f"objective must be 'auto', 'prediction', 'similarity' or a callable, "
+                f"found {kind!r}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, found {temperature}")
+        self.kind = kind
+        self.temperature = temperature
+
+    def resolve(self, model: nn.Module, inputs: Inputs) -> Objective:
+        """Return the objective that `auto` stands for on this model, and log it."""
+        if self.kind != "auto":
+            return self
+        kind = "prediction" if ends_in_classifier(model, inputs) else "similarity"
+        logger.info("objective 'auto' took %r for %s", kind, type(model).__name__)
+        return Objective(kind, self.temperature)
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Run the model on one batch and return the objective (`auto` must be resolved before).
+
+        Raises:
+            TypeError: the model's output is of a type that the objective can't read.
+            ValueError: the model fails on the batch, or the objective is not finite.
+        """
+        if self.kind == "similarity":
+            value = similarity_entropy(pooled_features(model, inputs), self.temperature)
+        else:
+            value = self.of_output(inputs.call(model))
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"the objective is {float(value.detach())} on a batch; check the images for NaN, "
+                "and the model's precision"
+            )
+        return value
+
+    def of_output(self, output: Any) -> Tensor:
+        """Return the objective of an output that is already there (`auto` takes it for logits)."""
+        if callable(self.kind):
+            value = self.kind(output)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TypeError(
+                    f"the objective returned {_describe(value)}; it must return a scalar tensor"
+                )
+            return value.reshape(())
+        if self.kind == "similarity":
+            return similarity_entropy(_vector(output), self.temperature)
+        return prediction_entropy(_logits(output))
+
+
+def mean_objective(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> float:
+    """Mean of the objective over all images, without gradients, the same batches at each call."""
+    total, images = 0.0, 0
+    with torch.no_grad(), evaluating(model, trainable=False), seeded(seed):
+        for inputs in stream(batches, model, description="calibration", progress=progress):
+            total += float(objective(model, inputs)) * inputs.images
+            images += inputs.images
+    return total / images
+
+
+def resolve_on(objective: Objective, model: nn.Module, batches: Iterable[Any]) -> Objective:
+    """Return the objective that `auto` stands for, by the model's output on the first batch."""
+    with torch.no_grad(), evaluating(model, trainable=False), seeded(0):
+        first = next(stream(batches, model, description="first batch", progress=False))
+        return objective.resolve(model, first)
+
+
+def ends_in_classifier(model: nn.Module, inputs: Inputs) -> bool:
+    """Tell whether the model's output is logits over classes.
+
+    Hugging Face models name their logits, timm models know their `num_classes`, and elsewhere a
+    classifier is a Linear with a bias whose output is the model's output.
+    """
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int):
+        return classes > 0
+    biased = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+    last: list[Tensor] = []
+    with (
+        torch.no_grad(),
+        hooks(m.register_forward_hook(lambda _m, _a, out: last.append(out)) for m in biased),
+    ):
+        output = inputs.call(model)
+    if _get(output, "logits") is not None:
+        return True
+    return isinstance(output, Tensor) and any(output is result for result in last)
+
+
+def pooled_features(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Features `(images, features)`: CLS or pooled, after the final norm, before a projection.
+
+    Raises:
+        TypeError: the model's output holds no such features.
+        ValueError: the model fails on the batch.
+    """
+    visual = getattr(model, "visual", None)  # open_clip's CLIP, of which images use one tower
+    if isinstance(visual, nn.Module):
+        return pooled_features(visual, inputs)
+    trunk = getattr(model, "trunk", None)  # open_clip's wrapper of a timm model
+    if isinstance(trunk, nn.Module):
+        return pooled_features(trunk, inputs)
+    trunk_forward: Any = getattr(model, "forward_features", None)
+    head_forward: Any = getattr(model, "forward_head", None)
+    if trunk_forward is not None and head_forward is not None:  # timm
+        return _vector(
+            inputs.call(lambda *a, **k: head_forward(trunk_forward(*a, **k), pre_logits=True))
+        )
+    with _without_projection(model):
+        return _vector(inputs.call(model))
+
+
+@contextmanager
+def _without_projection(model: nn.Module) -> Iterator[None]:
+    """Take off the projection parameter of open_clip's VisionTransformer."""
+    projection = model._parameters.get("proj")
+    if projection is None:
+        yield
+        return
+    model._parameters["proj"] = None
+    try:
+        yield
+    finally:
+        model._parameters["proj"] = projection
+
+
+def _logits(output: Any) -> Tensor:
+    logits = _get(output, "logits")
+    logits = output if logits is None else logits
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise TypeError(
+            f"the prediction objective needs logits (images, classes), the model returned "
+            f"{_describe(logits)}; pass objective=a callable that reads this output"
+        )
+    return logits
+
+
+def _vector(output: Any) -> Tensor:
+    features = _get(output, "pooler_output")
+    if features is None and _get(output, "last_hidden_state") is not None:
+        features = _get(output, "last_hidden_state")[:, 0]
+    if features is None:
+        features = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        raise TypeError(
+            f"the similarity objective needs features (images, features), the model returned "
+            f"{_describe(features)}; pass objective=a callable that reads this output"
+        )
+    return features
+
+
+def _get(output: Any, key: str) -> Any:
+    return output.get(key) if isinstance(output, dict) else getattr(output, key, None)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,257 @@
+"""The AMP pruner: finds each MLP's width by binary search on the entropy."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tp_amp._state import check_finite
+from tp_amp.batches import bar, check_batches
+from tp_amp.cutting import cut, narrowed
+from tp_amp.importance import EntropyTaylorImportance
+from tp_amp.mlps import MLP, build_graph, find_groups
+from tp_amp.objectives import Objective, mean_objective, resolve_on
+from tp_amp.plan import PruningPlan, rank_channels
+from tp_amp.search import Probe, accepted, search_width
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
+    """Prune the MLPs of a vision transformer, each to its own width (AMP, arXiv 2603.08100).
+
+    From the last MLP to the first, on the model as cut so far: bisect for the smallest width with
+    which the entropy over the calibration images is at most `max_increase` above that of the last
+    accepted model. Neurons are ranked once, on the dense model. Nothing else is pruned, and
+    Torch-Pruning enumerates no other group.
+
+    Args:
+        model: any model whose MLPs `find_mlps` finds.
+        example_inputs: as for `find_mlps`.
+        importance: `EntropyTaylorImportance` or any of Torch-Pruning's; it must be ready to score
+            (collected, given `data`, or with the gradients it needs).
+        calibration: batches for the search, read at each probe; not the images that scored (see
+            `split_batches`).
+        objective: as for `EntropyTaylorImportance`; by default the importance's own, else
+            `"auto"`.
+        max_increase: allowed increase of the entropy for each MLP, in nats.
+        steps: widths tried for each MLP at most.
+        rescore: rank the neurons of each MLP again on the model as cut so far.
+        round_to: kept widths are multiples of it.
+        min_width: smallest width of an MLP.
+        max_pruning_ratio: largest fraction of the channels that any one MLP may lose.
+        ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
+        progress: show a progress bar on a terminal.
+        forward_fn: as for `tp.pruner.MetaPruner`, and so are `output_transform`,
+            `unwrapped_parameters` and `customized_pruners`.
+
+    Attributes:
+        mlps: the MLPs it prunes, in the order of the forward pass.
+        plan: after `step`, names, kept channels, widths, and the entropy at every probe.
+
+    Raises:
+        ValueError: no MLP is found, an argument is out of range, or weights are not finite.
+        TypeError: `calibration` can be read only once.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+        >>> images = torch.randn(4, 3, 224, 224)
+        >>> pruner = tp_amp.AdaptiveMLPPruner(
+        ...     model, images[:1], tp_amp.EntropyTaylorImportance(data=[images[:2]]), [images[2:]]
+        ... )
+        >>> pruner.step()
+        >>> pruner.plan.widths["blocks.0.mlp.fc2"] == model.blocks[0].mlp.fc1.out_features
+        True
+    """
+
+    plan: PruningPlan
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: Callable[[Any], Tensor | None],
+        calibration: Iterable[Any],
+        *,
+        objective: str | Callable[[Any], Tensor] | None = None,
+        max_increase: float = 1e-2,
+        steps: int = 6,
+        rescore: bool = False,
+        round_to: int = 1,
+        min_width: int = 1,
+        max_pruning_ratio: float = 1.0,
+        ignored_layers: list[nn.Module] | None = None,
+        progress: bool = True,
+        forward_fn: Callable[..., Any] | None = None,
+        output_transform: Callable[..., Any] | None = None,
+        unwrapped_parameters: list[Any] | None = None,
+        customized_pruners: dict[Any, Any] | None = None,
+    ) -> None:
+        _check_arguments(max_increase, steps, round_to, min_width, max_pruning_ratio)
+        check_batches(calibration, repeatable=True)
+        if getattr(importance, "data", None) is calibration:
+            raise ValueError(
+                "the importance scores on the calibration batches; pass other images for the "
+                "search (tp_amp.split_batches splits a loader in two)"
+            )
+        if rescore and isinstance(importance, EntropyTaylorImportance) and importance.data is None:
+            raise ValueError("rescore=True needs EntropyTaylorImportance(data=...) to score again")
+        check_finite(model)
+
+        def build(inputs: Any) -> Any:
+            # No root module type: TP enumerates every group otherwise, which hangs on some models.
+            # Fresh dicts: TP's default ones are shared by all pruners.
+            super(AdaptiveMLPPruner, self).__init__(
+                model,
+                inputs,
+                importance,
+                root_module_types=[],
+                ignored_layers=ignored_layers,
+                max_pruning_ratio=max_pruning_ratio,
+                round_to=round_to,
+                in_channel_groups={},
+                out_channel_groups={},
+                num_heads={},
+                forward_fn=forward_fn,
+                output_transform=output_transform,
+                unwrapped_parameters=list(unwrapped_parameters or []),
+                customized_pruners=dict(customized_pruners or {}),
+            )
+            return self.DG
+
+        traced = build_graph(model, example_inputs, build, forward_fn)
+        self._groups = _without_ignored(model, find_groups(model, traced), self.ignored_layers)
+        self.mlps = list(self._groups)
+        self.calibration = calibration
+        if objective is None and isinstance(importance, EntropyTaylorImportance):
+            self.objective = importance.objective
+        else:
+            self.objective = Objective(objective or "auto")
+        self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
+        self.min_width, self.progress = min_width, progress
+
+    def _prune(self) -> Iterator[Any]:
+        if self.current_step > self.iterative_steps:
+            logger.warning("the model was pruned by step() before; nothing more is pruned")
+            return
+        self.plan = self._search()
+        for mlp in reversed(self.mlps):
+            yield from cut(self.DG, mlp, self.plan.keep[mlp.down])
+
+    @torch.no_grad()
+    def _search(self) -> PruningPlan:
+        """Find every MLP's width; whatever happens, the model is afterwards as it was."""
+        ranking = {} if self.rescore else {mlp: self._rank(mlp) for mlp in reversed(self.mlps)}
+        objective = resolve_on(self.objective, self.model, self.calibration)
+        dense_entropy = reference = self._entropy(objective)
+        keep: dict[str, list[int]] = {}
+        probes: dict[str, list[Probe]] = {}
+        with ExitStack() as pruned:
+            steps = bar(
+                range(len(self.mlps) * self.steps), description="search", progress=self.progress
+            )
+            for mlp in reversed(self.mlps):
+                order = ranking.get(mlp) or self._rank(mlp)
+
+                def entropy(width: int, mlp: MLP = mlp, order: list[int] = order) -> float:
+                    with narrowed(self.model, mlp, order[:width]):
+                        value = self._entropy(objective)
+                    steps.update()
+                    return value
+
+                minimum = max(self.min_width, math.ceil(mlp.width * (1 - self.max_pruning_ratio)))
+                tried = search_width(
+                    entropy,
+                    mlp.width,
+                    reference=reference,
+                    max_increase=self.max_increase,
+                    steps=self.steps,
+                    minimum=minimum,
+                    round_to=self.round_to,
+                )
+                best = accepted(tried)
+                kept = sorted(order[: best.width]) if best else list(range(mlp.width))
+                if best:
+                    reference = best.entropy
+                    pruned.enter_context(narrowed(self.model, mlp, kept))
+                self._report(mlp, tried, minimum)
+                keep[mlp.down], probes[mlp.down] = kept, tried
+            steps.close()
+        if all(len(keep[mlp.down]) == mlp.width for mlp in self.mlps):
+            logger.warning(
+                "nothing is pruned: no width of any MLP keeps the entropy within %g nats of the "
+                "dense model's; raise max_increase or steps",
+                self.max_increase,
+            )
+        names = [mlp.down for mlp in self.mlps]
+        return PruningPlan(
+            {name: keep[name] for name in names},
+            {mlp.down: mlp.width for mlp in self.mlps},
+            {name: probes[name] for name in names},
+            dense_entropy,
+        )
+
+    def _rank(self, mlp: MLP) -> list[int]:
+        return rank_channels(self.importance, mlp, self._groups[mlp])
+
+    def _entropy(self, objective: Objective) -> float:
+        return mean_objective(self.model, self.calibration, objective)
+
+    def _report(self, mlp: MLP, probes: list[Probe], minimum: int) -> None:
+        best = accepted(probes)
+        if best:
+            logger.info(
+                "%s: %d of %d channels, entropy %.4f", mlp.down, best.width, mlp.width, best.entropy
+            )
+        else:
+            logger.warning(
+                "%s keeps all %d channels: of %d widths tried from %d up, none was within %g nats",
+                mlp.down,
+                mlp.width,
+                len(probes),
+                minimum,
+                self.max_increase,
+            )
+
+
+def _check_arguments(
+    max_increase: float, steps: int, round_to: int, min_width: int, max_pruning_ratio: float
+) -> None:
+    if not (math.isfinite(max_increase) and max_increase >= 0):
+        raise ValueError(
+            f"max_increase must be a finite number of nats, zero or more, found {max_increase}"
+        )
+    for name, value in {"steps": steps, "round_to": round_to, "min_width": min_width}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
+    if not 0 < max_pruning_ratio <= 1:
+        raise ValueError(
+            f"max_pruning_ratio must be a fraction above 0, 1 at most, found {max_pruning_ratio}"
+        )
+
+
+def _without_ignored(
+    model: nn.Module, groups: list[tuple[MLP, Any]], ignored: list[nn.Module]
+) -> dict[MLP, Any]:
+    if not groups:
+        raise ValueError(
+            f"no MLP was found in {type(model).__name__}; set the log level of 'tp_amp' to DEBUG "
+            "to see why each layer starts none"
+        )
+    left = {}
+    for mlp, group in groups:
+        if any(model.get_submodule(name) in ignored for name in (*mlp.up, mlp.down)):
+            logger.info("%s is not pruned: it is among the ignored layers", mlp.name)
+        else:
+            left[mlp] = group
+    if not left:
+        raise ValueError(f"all {len(groups)} MLPs are among the ignored layers")
+    return left

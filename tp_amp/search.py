@@ -1,0 +1,64 @@
+"""The width search of AMP: bisection on the entropy. Pure: it knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One width that was tried: the entropy (nats) of the model with it, and the verdict."""
+
+    width: int
+    entropy: float
+    accepted: bool
+
+
+def search_width(
+    entropy: Callable[[int], float],
+    width: int,
+    *,
+    reference: float,
+    max_increase: float,
+    steps: int = 6,
+    minimum: int = 1,
+    round_to: int = 1,
+) -> list[Probe]:
+    """Bisect for the smallest width whose entropy exceeds `reference` by at most `max_increase`.
+
+    The AMP search: left=0, right=width; `steps` times mid=(left+right)//2; accepted: right=mid,
+    else left=mid. With `round_to`, left, mid and right count multiples of it.
+
+    Args:
+        entropy: gives the entropy (nats) of the model with that many hidden channels.
+        width: of the dense layer, which is never tried.
+        reference: entropy (nats) of the last accepted model.
+        max_increase: allowed increase (nats), signed: a decrease is always accepted.
+        steps: how many widths are tried at most.
+        minimum: the smallest width to try.
+        round_to: widths tried are multiples of it.
+
+    Returns:
+        The probes in the order tried; the last accepted one holds the width found, and without an
+        accepted one the layer stays dense.
+
+    Example:
+        >>> probes = search_width(lambda w: 1.0 / w, 8, reference=0.0, max_increase=0.2)
+        >>> [(probe.width, probe.accepted) for probe in probes]
+        [(4, False), (6, True), (5, True)]
+    """
+    left, right = -(-minimum // round_to) - 1, -(-width // round_to)
+    probes: list[Probe] = []
+    while len(probes) < steps and right - left > 1:
+        middle = (left + right) // 2
+        value = entropy(middle * round_to)
+        accepted = value - reference <= max_increase
+        probes.append(Probe(middle * round_to, value, accepted))
+        left, right = (left, middle) if accepted else (middle, right)
+    return probes
+
+
+def accepted(probes: list[Probe]) -> Probe | None:
+    """Give the narrowest accepted probe, or None."""
+    return next((probe for probe in reversed(probes) if probe.accepted), None)
