@@ -1,0 +1,66 @@
+"""The two small reference models that every number in the README is measured on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {
+            "img_size": 32,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 48,
+            "depths": (2, 4, 2),
+            "num_heads": (2, 4, 8),
+            "drop_path_rate": 0.0,
+        },
+    ),
+}
+
+
+def build_reference(model: str) -> nn.Module:
+    """Build one reference architecture, `"vit"` or `"swin"`, with random weights."""
+    name, arguments = ARCHITECTURES[model]
+    return timm.create_model(name, pretrained=False, num_classes=10, mlp_ratio=4.0, **arguments)
+
+
+def load_reference(model: str, folder: Path = CHECKPOINTS) -> nn.Module:
+    """Build one reference architecture with its trained weights, in eval mode."""
+    module = build_reference(model)
+    module.load_state_dict(load_file(folder / f"{model}.safetensors"))
+    return module.eval()
+
+
+def save_reference(module: nn.Module, model: str, facts: dict[str, Any], folder: Path) -> None:
+    """Write weights and a JSON with the architecture, the recipe and the measured accuracy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    save_file(weights, folder / f"{model}.safetensors")
+    name, arguments = ARCHITECTURES[model]
+    record = {"timm": name, "arguments": {**arguments, "num_classes": 10, "mlp_ratio": 4.0}}
+    (folder / f"{model}.json").write_text(json.dumps(record | facts, indent=2) + "\n")
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+    """Share of normalised `images` that `model` classifies as `labels`, in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    right = 0
+    for batch, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        right += int((model(batch.to(device)).argmax(-1).cpu() == label).sum())
+    return right / len(labels)
