@@ -398,3 +398,50 @@ def test_interrupt_leaves_the_model_untouched() -> None:
     with pytest.raises(KeyboardInterrupt):
         EntropyTaylorImportance().collect(model, interrupted())
     assert fingerprint(model) == before
+
+
+def test_layers_alone_have_the_same_scores() -> None:
+    model, data = toy(), images(8)
+    every = EntropyTaylorImportance().collect(model, [data]).scores
+    names = ["blocks.0.mlp.second", "blocks.1.project"]
+    some = EntropyTaylorImportance().collect(model, [data], layers=names).scores
+    assert sorted(some) == names
+    for name in names:
+        torch.testing.assert_close(some[name], every[name])
+    with pytest.raises(ValueError, match=r"\['blocks.0.norm1'\] are no Linears or convolutions"):
+        EntropyTaylorImportance().collect(model, [data], layers=["blocks.0.norm1"])
+
+
+def test_data_is_read_again_for_layers_not_scored_yet() -> None:
+    model, data = toy(), images(8)
+    importance = EntropyTaylorImportance(data=data.split(4))
+    importance.refresh(model, ["blocks.1.mlp.second"])
+    assert list(importance.scores) == ["blocks.1.mlp.second"]
+    groups = mlp_groups(model, data)
+    importance(groups["blocks.1.mlp.second"])
+    assert list(importance.scores) == ["blocks.1.mlp.second"]
+    importance(groups["blocks.0.mlp.second"])
+    assert len(importance.scores) == 13
+
+
+def test_layer_that_reads_no_images_is_summed_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
+    """Swin v2 makes its position bias from a table that all images share."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(5, 3))
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(self.first(self.table)).mean(0)
+
+    torch.manual_seed(0)
+    model, data = Table(), torch.randn(3, 6)
+    scores = EntropyTaylorImportance("prediction").collect(model, [data]).scores["second"]
+    hidden = model.first(model.table)
+    hidden.retain_grad()
+    entropy_of("prediction", data + model.second(hidden).mean(0)).backward()
+    expected = (hidden * hidden.grad).sum(0).abs().detach()
+    assert torch.corrcoef(torch.stack([scores, expected]))[0, 1] > 1 - 1e-6
+    assert "second reads torch.Size([5, 4]), not images first" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +121,8 @@ def stream(
 
 def bar(items: Any, *, description: str, progress: bool, total: int | None = None) -> Any:
     """Wrap an iterable in a progress bar that stays quiet when not on a terminal."""
-    quiet = not progress or not sys.stderr.isatty()
-    return tqdm(items, desc=description, total=total, disable=quiet, leave=False)
+    disable = None if progress else True  # None: where nobody looks
+    return tqdm(items, desc=description, total=total, disable=disable, leave=False)
 
 
 def check_batches(batches: Any, *, repeatable: bool = False) -> None:

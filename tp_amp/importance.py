@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_amp._state import check_finite, evaluating, hooks, seeded
 from tp_amp.batches import Inputs, check_batches, stream
-from tp_amp.groups import GroupLayer, sum_in_channels
+from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,17 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         self.data = data
         self.scores: dict[str, Tensor] = {}
         self._weights: list[tuple[int, int, torch.Size]] = []
+        self._layers: Collection[str] | None = ()
         self._own_loss = False
         self._told_loss = False
 
     def collect(
-        self, model: nn.Module, batches: Iterable[Any], *, progress: bool = True
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        layers: Collection[str] | None = None,
+        progress: bool = True,
     ) -> EntropyTaylorImportance:
         """Score every layer's input channels on unlabelled images, one batch at a time.
 
@@ -89,6 +95,8 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             model: the model; it decides device and dtype of the images.
             batches: yields tensors `(images, ...)`, tuples `(images, labels)` or dicts; labels are
                 ignored.
+            layers: module paths of the layers to score the inputs of; all Linears and
+                convolutions by default. The `down` layers of the MLPs alone cost less time.
             progress: show a progress bar on a terminal.
 
         Returns:
@@ -96,11 +104,11 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
 
         Raises:
             TypeError: a batch, or the model's output, is of an unexpected type.
-            ValueError: no batch, a batch of one for `similarity`, images that the model fails on,
-                NaN in weights or scores.
+            ValueError: `layers` names what is no Linear or convolution, no batch, a batch of one
+                for `similarity`, images that the model fails on, NaN in weights or scores.
         """
         check_finite(model)
-        recorder = _Recorder(model)
+        recorder = _Recorder(model, layers)
         objective = self.objective
         with (
             torch.inference_mode(False),
@@ -112,8 +120,25 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
                 objective = objective.resolve(model, inputs)
                 recorder.run(model, inputs, objective)
         scores = recorder.means()
-        self.scores, self._resolved, self._weights = scores, objective, _weights(model)
+        self.scores, self._layers = scores, layers
+        self._resolved, self._weights = objective, _weights(model)
         return self
+
+    def refresh(
+        self, model: nn.Module, layers: Collection[str] | None = None, *, progress: bool = True
+    ) -> None:
+        """Collect from `data`, unless scores of these layers with these weights are there.
+
+        Args:
+            model: the model.
+            layers: as for `collect`.
+            progress: show a progress bar on a terminal.
+        """
+        if self.data is None:
+            return
+        missing = self._layers is not None and not set(layers or ("",)) <= set(self._layers)
+        if missing or self._weights != _weights(model):
+            self.collect(model, self.data, layers=layers, progress=progress)
 
     def loss(self, output: Any) -> Tensor:
         """The entropy (nats) of a model's output, for scripts that call `backward` themselves.
@@ -140,8 +165,11 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
                 the layer (it was pruned since), or a score is not finite.
         """
         model = group._DG.model
-        if self.data is not None and self._weights != _weights(model):
-            self.collect(model, self.data)
+        readers = {layer.name for layer in group_layers(group) if layer.side == "in"}
+        if self._layers is not None and readers <= set(self._layers):
+            self.refresh(model, self._layers)  # scores of other layers were never asked for
+        else:
+            self.refresh(model)
         if self.scores:
             total, scored = sum_in_channels(group, self._collected)
         else:
@@ -188,11 +216,15 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
 class _Recorder:
     """Accumulates |sum over tokens of h * dE/dh| of every Linear's and convolution's input."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[str] | None) -> None:
         # Transposed and depthwise convolutions included: TP couples their input channels too.
         types = (nn.Linear, nn.modules.conv._ConvNd)
+        found = {name: m for name, m in model.named_modules() if isinstance(m, types)}
+        unknown = set(layers or ()) - set(found)
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no Linears or convolutions of the model")
         self.names: dict[nn.Module, str] = {
-            module: name for name, module in model.named_modules() if isinstance(module, types)
+            module: name for name, module in found.items() if layers is None or name in layers
         }
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
@@ -231,15 +263,15 @@ class _Recorder:
         if not isinstance(module, nn.Linear):
             hidden, gradient = (t.transpose(1, -1) for t in (hidden, gradient))
         channels = hidden.shape[-1]
-        if hidden.shape[0] % self.images:
-            raise ValueError(
-                f"{name} reads a tensor of shape {tuple(hidden.shape)} for {self.images} images; "
-                "its first dimension must count images (or windows of them)"
-            )
+        images = self.images
+        if hidden.shape[0] % images:  # a table of positions, say, that all images share
+            if name not in self.sums:
+                logger.warning("%s reads %s, not images first: all are summed", name, hidden.shape)
+            images = 1
         if hidden.dtype in (torch.float16, torch.bfloat16):
             hidden, gradient = hidden.float(), gradient.float()
         # Windows of one image lie next to each other, so they are summed like its tokens.
-        product = (hidden * gradient).reshape(self.images, -1, channels)
+        product = (hidden * gradient).reshape(images, -1, channels)
         total = product.sum(1).abs().sum(0) / self.images
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 

@@ -149,7 +149,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     @torch.no_grad()
     def _search(self) -> PruningPlan:
         """Find every MLP's width; whatever happens, the model is afterwards as it was."""
-        ranking = {} if self.rescore else {mlp: self._rank(mlp) for mlp in reversed(self.mlps)}
+        ranking = {} if self.rescore else self._rank(self.mlps)
         objective = resolve_on(self.objective, self.model, self.calibration)
         dense_entropy = reference = self._entropy(objective)
         keep: dict[str, list[int]] = {}
@@ -159,7 +159,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 range(len(self.mlps) * self.steps), description="search", progress=self.progress
             )
             for mlp in reversed(self.mlps):
-                order = ranking.get(mlp) or self._rank(mlp)
+                order = ranking[mlp] if ranking else self._rank([mlp])[mlp]
 
                 def entropy(width: int, mlp: MLP = mlp, order: list[int] = order) -> float:
                     with narrowed(self.model, mlp, order[:width]):
@@ -199,8 +199,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             dense_entropy,
         )
 
-    def _rank(self, mlp: MLP) -> list[int]:
-        return rank_channels(self.importance, mlp, self._groups[mlp])
+    def _rank(self, mlps: list[MLP]) -> dict[MLP, list[int]]:
+        if isinstance(self.importance, EntropyTaylorImportance):
+            downs = [mlp.down for mlp in mlps]
+            self.importance.refresh(self.model, downs, progress=self.progress)
+        return {
+            mlp: rank_channels(self.importance, mlp, self._groups[mlp]) for mlp in reversed(mlps)
+        }
 
     def _entropy(self, objective: Objective) -> float:
         return mean_objective(self.model, self.calibration, objective)
