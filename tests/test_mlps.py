@@ -159,3 +159,79 @@ def test_wrong_example_inputs_raise_and_leave_no_hooks() -> None:
     with pytest.raises(ValueError, match=r"failed on inputs of shape \(1, 3, 8, 8\)"):
         tp_amp.find_mlps(model, images(1, channels=3))
     assert fingerprint(model) == before
+
+
+class Packed(nn.Module):
+    """A gated MLP with both halves in one layer, and ways to get its channels wrong."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.down, self.kind = nn.Linear(4, 16), nn.Linear(8, 4), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "interleaved":
+            gate, value = self.up(x)[..., ::2], self.up(x)[..., 1::2]
+        else:
+            gate, value = self.up(x).chunk(2, -1)
+        if self.kind == "swapped":
+            value = value.flip(-1)
+        elif self.kind == "shifted":
+            value = value.roll(1, -1)
+        elif self.kind == "gate first":
+            gate, value = value, gate
+        return self.down(nn.functional.silu(gate) * value)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gate first"])
+def test_packed_gated_mlp(kind: str) -> None:
+    (mlp,) = tp_amp.find_mlps(Packed(kind), torch.randn(1, 5, 4))
+    assert (mlp.up, mlp.down, mlp.width, mlp.packed) == (("up",), "down", 8, 2)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "shifted", "interleaved"])
+def test_packed_halves_that_do_not_line_up_are_left_out(kind: str) -> None:
+    assert tp_amp.find_mlps(Packed(kind), torch.randn(1, 5, 4)) == []
+
+
+def test_norm_and_depthwise_convolution_are_inner() -> None:
+    class Inner(PlainMLP):
+        def __init__(self) -> None:
+            super().__init__(4, 6)
+            self.norm, self.depthwise = nn.LayerNorm(6), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norm(self.first(x)).transpose(1, 2).unflatten(2, (3, 3))
+            return self.second(self.act(self.depthwise(h).flatten(2).transpose(1, 2)))
+
+    (mlp,) = tp_amp.find_mlps(Inner(), torch.randn(1, 9, 4))
+    assert mlp.inner == ("norm", "depthwise")
+
+
+def test_mlp_on_a_table_of_positions_is_left_out() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(9, 2))
+            self.bias, self.mlp = PlainMLP(2, 8), PlainMLP(4, 8)
+            self.embed = nn.Linear(2, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(x) + self.embed(self.bias(self.table))
+
+    downs = [mlp.down for mlp in tp_amp.find_mlps(Table(), torch.randn(1, 9, 4))]
+    assert downs == ["mlp.second"]
+
+
+def test_biases_cached_by_the_model_are_dropped() -> None:
+    class Caching(PlainMLP):
+        def __init__(self) -> None:
+            super().__init__(4, 8)
+            self.cache: dict[str, torch.Tensor] = {"before": torch.ones(1)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache["bias"] = self.first.weight.sum() * 2
+            return super().forward(x) + self.cache["bias"]
+
+    model = Caching()
+    tp_amp.find_mlps(model, torch.randn(1, 5, 4))
+    assert list(model.cache) == ["before"]

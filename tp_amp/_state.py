@@ -14,7 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
-    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore."""
+    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore.
+
+    What modules cache in dicts of theirs (LeViT its attention biases, with their graph) is dropped.
+    """
+    caches = [
+        (module, name, value, dict(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -25,6 +34,10 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
                 parameter.requires_grad_(trainable)
         yield
     finally:
+        for module, name, cache, content in caches:
+            cache.clear()
+            cache.update(content)
+            setattr(module, name, cache)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
         for module, flag in training.items():

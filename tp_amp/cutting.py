@@ -1,4 +1,4 @@
-"""The one place that cuts: for a while, to try a width, or for good, through Torch-Pruning."""
+"""The one place that cuts: for a while, to try a width, or for good."""
 
 from __future__ import annotations
 
@@ -6,40 +6,60 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch_pruning.pruner import function
+from torch_pruning import _helpers
+from torch_pruning.dependency import Dependency, Group
 
 from tp_amp.mlps import MLP
 
 
+def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
+    """Make Torch-Pruning's group of some hidden channels of an MLP.
+
+    It holds what `find_mlps` has checked, so it is right where TP's own index mapping is not
+    (packed gated MLPs, rotary embeddings), and no walk over the graph is needed. The root is the
+    first `up` as in TP, or `down` where several rows of `up` make one channel.
+    """
+    rows = [j + part * mlp.width for part in range(mlp.packed) for j in channels]
+    layers = [(name, "prune_out_channels", rows) for name in mlp.up]
+    layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
+    down = (mlp.down, "prune_in_channels", list(channels))
+    layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
+    nodes = [graph.module2node[graph.model.get_submodule(name)] for name, _, _ in layers]
+    group = Group()
+    group._DG = graph
+    for node, (_, side, indices) in zip(nodes, layers, strict=True):
+        handler = getattr(graph.get_pruner_of_module(node.module), side)
+        dependency = Dependency(handler, handler, source=nodes[0], target=node)
+        item = _helpers.GroupItem(dependency, indices)
+        item.root_idxs = list(channels) * (len(indices) // max(1, len(channels)))
+        group._group.append(item)
+    return group
+
+
 @contextmanager
-def narrowed(model: nn.Module, mlp: MLP, keep: Sequence[int]) -> Iterator[None]:
+def narrowed(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[None]:
     """Let the MLP run with only the channels `keep` inside the block.
 
-    The layers hold slices of their parameters meanwhile; the parameters themselves come back on
-    exit, the same objects with their gradients, hooks and optimizer state.
+    Torch-Pruning cuts the layers; on exit they get back what they held: the same parameters with
+    their gradients, hooks and optimizer state, and the same buffers and attributes.
     """
-    layers: list[tuple[Any, int]] = [(model.get_submodule(name), 0) for name in mlp.up]
-    layers.append((model.get_submodule(mlp.down), 1))
-    saved = [(m, dict(m._parameters), m.in_features, m.out_features) for m, _ in layers]
+    group = mlp_group(graph, mlp, sorted(set(range(mlp.width)) - set(keep)))
+    saved = [_state(item.dep.target.module) for item in group.items]
+    required = _required(saved)
     try:
-        for module, dim in layers:
-            index = torch.tensor(keep, device=module.weight.device)
-            for name in ("weight", "bias") if dim == 0 else ("weight",):
-                parameter = module._parameters[name]
-                if parameter is not None:
-                    sliced = parameter.detach().index_select(dim, index)
-                    module._parameters[name] = nn.Parameter(sliced, parameter.requires_grad)
-            setattr(module, ("out_features", "in_features")[dim], len(keep))
+        for item in group.items:
+            item.dep(item.idxs)
+        _require(required)
         yield
     finally:
-        for module, parameters, in_features, out_features in saved:
+        for module, attributes, parameters, buffers in saved:
+            module.__dict__.update(attributes)
             module._parameters.update(parameters)
-            module.in_features, module.out_features = in_features, out_features
+            module._buffers.update(buffers)
 
 
-def cut(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[Any]:
+def cut(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[Group]:
     """Yield the Torch-Pruning group that cuts the MLP down to `keep`, if anything goes.
 
     Whoever takes the group prunes it; asked for the next one, `requires_grad` of the cut
@@ -48,8 +68,28 @@ def cut(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[Any]:
     drop = sorted(set(range(mlp.width)) - set(keep))
     if not drop:
         return
-    modules = [graph.model.get_submodule(name) for name in (*mlp.up, mlp.down)]
-    flags = [(m, name, p.requires_grad) for m in modules for name, p in m.named_parameters()]
-    yield graph.get_pruning_group(modules[0], function.prune_linear_out_channels, drop)
-    for module, name, flag in flags:
-        module.get_parameter(name).requires_grad_(flag)
+    group = mlp_group(graph, mlp, drop)
+    required = _required([_state(item.dep.target.module) for item in group.items])
+    yield group
+    _require(required)
+
+
+_State = tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def _state(module: nn.Module) -> _State:
+    return module, dict(vars(module)), dict(module._parameters), dict(module._buffers)
+
+
+def _required(states: list[_State]) -> list[tuple[nn.Module, str, bool]]:
+    return [
+        (module, name, parameter.requires_grad)
+        for module, _, parameters, _ in states
+        for name, parameter in parameters.items()
+        if parameter is not None
+    ]
+
+
+def _require(required: list[tuple[nn.Module, str, bool]]) -> None:
+    for module, name, flag in required:
+        module._parameters[name].requires_grad_(flag)  # type: ignore[union-attr]

@@ -3,62 +3,51 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
-from torch_pruning.pruner import function
 
-from tp_amp._state import evaluating, hooks
-from tp_amp.batches import Inputs, example
-from tp_amp.groups import group_layers
+from tp_amp.graph import Call, TracedGraph, build_graph, channels_of
 
 logger = logging.getLogger(__name__)
 
-# What carries a channel on unchanged as far as the graph knows; `_mixing` then looks at the values.
-_PASSING = (ops.OPTYPE.ELEMENTWISE, ops.OPTYPE.RESHAPE)
+_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(frozen=True)
 class MLP:
-    """One MLP: hidden channels go from `up` through element-wise operations into `down`.
+    """One MLP: hidden channels go from `up` through per-channel operations into `down`.
 
     Attributes:
         name: module path of the innermost module that holds all of its layers.
         up: module paths of the one (plain) or two (gated) layers that make the hidden channels.
         down: module path of the layer that reads them.
         width: number of hidden channels.
+        inner: module paths of the norms and depthwise convolutions in between, which are cut too.
+        packed: how many rows of its one `up` make one hidden channel: channel j comes from rows
+            j, j + width, ... (2 for a gated MLP in one layer).
     """
 
     name: str
     up: tuple[str, ...]
     down: str
     width: int
-
-
-@dataclass
-class _Call:
-    """The last call of a Linear in a forward pass with autograd."""
-
-    order: int
-    input: Tensor
-    output: Tensor
+    inner: tuple[str, ...] = ()
+    packed: int = 1
 
 
 def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     """Find every MLP of `model`, in the order of the forward pass.
 
-    An MLP is found by structure, never by name: one or two Linears whose output channels go
-    through element-wise operations alone into one Linear. Each is checked twice: values (a channel
-    of `down`'s input depends on the same channel of each `up` and on no other) and Torch-Pruning's
-    group (the same indices on every `up` and on `down`). What is left out is logged at DEBUG level
-    with the reason. Frozen parameters are found too; the model is left as it was.
+    An MLP is found by structure, never by name: one or two Linears (or 1x1 convolutions) whose
+    output channels reach one Linear (or 1x1 convolution), each channel on its own but for norms
+    and depthwise convolutions. The graph proposes; gradients decide: between one layer and the
+    next, a channel must depend on the same channel at one place, and on no other. What is left out
+    is logged at DEBUG level with the reason. Frozen parameters are found too; the model is left as
+    it was.
 
     Args:
         model: any module that Torch-Pruning can trace.
@@ -74,88 +63,173 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
         >>> [mlp.down for mlp in tp_amp.find_mlps(model, torch.randn(1, 3, 224, 224))]
         ['blocks.0.mlp.fc2', 'blocks.1.mlp.fc2']
     """
-    return [mlp for mlp, _ in find_groups(model, build_graph(model, example_inputs))]
+    return read_mlps(model, build_graph(model, example_inputs))
+
+
+@torch.enable_grad()
+def read_mlps(model: nn.Module, traced: TracedGraph) -> list[MLP]:
+    """Find the MLPs in a traced graph."""
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[nn.Module, MLP] = {}
+    for module, node in list(traced.graph.module2node.items()):
+        if not _is_projection(module):
+            continue
+        try:
+            parts = _follow(node)
+            if parts.down not in found:
+                found[parts.down] = _check(parts, traced, names)
+        except _NotAnMLP as reason:
+            logger.debug("%s starts no MLP: %s", names.get(module), reason)
+    return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
+
+
+class _NotAnMLP(Exception):
+    """Why a layer starts no MLP."""
 
 
 @dataclass
-class TracedGraph:
-    """A dependency graph, and the calls of every Linear in one forward pass."""
+class _Parts:
+    """The layers coupled to one layer's output channels, as nodes of the graph."""
 
-    calls: dict[nn.Module, _Call]
-    graph: Any
+    ups: list[Any]
+    inner: list[Any]
+    downs: list[Any]
+
+    @property
+    def down(self) -> Any:
+        return self.downs[0].module
 
 
-def build_graph(
-    model: nn.Module,
-    example_inputs: Any,
-    build: Callable[[Any], Any] | None = None,
-    forward_fn: Callable[..., Any] | None = None,
-) -> TracedGraph:
-    """Trace `model` and build its dependency graph, leaving the model as it was.
+def _is_projection(module: Any) -> bool:
+    """Whether a module turns channels into others at each place: a Linear or 1x1 convolution."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and set(module.kernel_size) == set(module.stride) == {1}
+    return isinstance(module, nn.Linear)
 
-    Args:
-        model: the model.
-        example_inputs: as for `find_mlps`.
-        build: called with the example inputs in the form Torch-Pruning takes them, while every
-            parameter requires a gradient; returns the graph. A fresh graph by default.
-        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
 
-    Raises:
-        ValueError: the model fails on `example_inputs`.
+def _is_per_channel(module: Any) -> bool:
+    """Whether a module keeps channels apart as far as cutting goes."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == module.in_channels == module.out_channels > 1
+    return isinstance(module, _NORMS) or (isinstance(module, nn.Module) and channels_of(module) > 1)
+
+
+def _is_operation(node: Any) -> bool:
+    """Whether a node is an operation of the graph, not a module of the model."""
+    return node._name is None and node.type not in (ops.OPTYPE.OUTPUT, ops.OPTYPE.PARAMETER)
+
+
+def _follow(start: Any) -> _Parts:
+    """Collect all layers coupled to `start`'s output channels; stop at the first misfit."""
+    parts = _Parts([start], [], [])
+    seen, stack = {start}, [(node, True) for node in start.outputs]
+    while stack:
+        node, reads = stack.pop()
+        if _is_operation(node):
+            goes_on = node not in seen
+            seen.add(node)
+        elif _is_per_channel(node.module):
+            goes_on = node not in parts.inner
+            parts.inner += [node] if goes_on else []
+        else:
+            layers, goes_on = (parts.downs if reads else parts.ups), False
+            layers += [node] if node not in layers else []
+            if not _is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
+                raise _NotAnMLP(f"its channels are coupled to {node.name}")
+        if goes_on:
+            stack += [(consumer, True) for consumer in node.outputs]
+            stack += [(producer, False) for producer in node.inputs]
+    if not parts.downs:
+        raise _NotAnMLP("no layer reads its channels")
+    return parts
+
+
+def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> MLP:
+    """Check the values from each layer to the next, and describe the MLP."""
+    calls, down = traced.calls, parts.down
+    nodes = [*parts.ups, *parts.inner, *parts.downs]
+    for node in nodes:
+        if node.module not in calls:
+            raise _NotAnMLP(f"{node.name} is not called as a module")
+    if traced.reads_images is not None and not traced.reads_images.get(down, False):
+        raise _NotAnMLP("its channels don't depend on the images")
+    width = down.in_features if isinstance(down, nn.Linear) else down.in_channels
+    packed = {_check_segment(node, traced, width) for node in (*parts.inner, *parts.downs)}
+    made = {_outputs(up.module) for up in parts.ups}
+    if made != {width * max(packed)} or (max(packed) > 1 and len(parts.ups) > 1):
+        raise _NotAnMLP("the layers differ in width")
+    parts.ups.sort(key=lambda up: calls[up.module].order)
+    parts.inner.sort(key=lambda node: calls[node.module].order)
+    up, inner = (tuple(names[node.module] for node in part) for part in (parts.ups, parts.inner))
+    name = _common_path([*up, names[down]])
+    return MLP(name, up, names[down], width, inner, max(packed))
+
+
+def _check_segment(node: Any, traced: TracedGraph, width: int) -> int:
+    """Check that a channel of a layer's input comes from the same channel of what feeds it.
+
+    The graph calls everything it does not know element-wise, a matrix product too. Gradients of
+    random channels at one place of the input tell the difference.
+
+    Returns:
+        How many rows of a producer make one channel.
     """
-    if build is None:
-        build = partial(tp.DependencyGraph().build_dependency, model, verbose=False)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model, trainable=True),
-        warnings.catch_warnings(),
-    ):
-        # The residual stream is never pruned here, so parameters outside modules don't matter.
-        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        inputs = example(example_inputs)
-        # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
-        raw = inputs.kwargs or inputs.args
-        run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
-        # Torch-Pruning leaves its hooks behind when the forward pass fails, so fail before it.
-        return TracedGraph(calls=_record_calls(model, inputs, run), graph=build(raw))
+    call: Call = traced.calls[node.module]
+    producers = [traced.calls[producer].output for producer in _producers(node)]
+    if not producers:
+        raise _NotAnMLP(f"nothing feeds {node.name}")
+    hidden = _channels_last(node.module, call.input, width)
+    picked = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
+    cotangent = torch.zeros_like(hidden)
+    cotangent[(0,) * (hidden.dim() - 1)] = picked.to(hidden)
+    gradients = torch.autograd.grad(
+        hidden, producers, cotangent, retain_graph=True, allow_unused=True
+    )
+    ratios = set()
+    for producer, gradient in zip(_producers(node), gradients, strict=True):
+        if gradient is None:
+            raise _NotAnMLP("a layer's channels don't reach the hidden activation")
+        ratio = max(1, _outputs(producer) // width)
+        touched = _channels_last(producer, gradient, width * ratio).reshape(-1, width * ratio) != 0
+        if int(touched.any(-1).sum()) > 1 or bool((touched & ~picked.repeat(ratio)).any()):
+            raise _NotAnMLP("an operation between the layers mixes channels or tokens")
+        ratios.add(ratio)
+    return max(ratios)
 
 
-def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, _Call]:
-    calls: dict[nn.Module, _Call] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(output, Tensor):
-            calls[module] = _Call(len(calls), args[0], output)
-
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with hooks(module.register_forward_hook(record) for module in linears):
-        inputs.call(run)
-    return calls
-
-
-def find_groups(model: nn.Module, traced: TracedGraph) -> list[tuple[MLP, Any]]:
-    """Find the MLPs in a traced graph, each with its full Torch-Pruning group."""
-    graph, calls = traced.graph, traced.calls
-    names = {module: name for name, module in model.named_modules()}
-    found: dict[nn.Module, tuple[MLP, Any]] = {}
-    for module, node in list(graph.module2node.items()):
-        if not isinstance(module, nn.Linear) or module not in calls:
+def _producers(node: Any) -> list[nn.Module]:
+    """The modules that feed a node through operations alone."""
+    seen, stack, found = set(), list(node.inputs), []
+    while stack:
+        producer = stack.pop()
+        if producer in seen:
             continue
-        try:
-            ups, down = _follow(node)
-            if down in found:
-                continue
-            ups.sort(key=lambda up: calls[up].order)
-            _check_values(calls, ups, down)
-            group = _check_group(graph, ups, down)
-        except _NotAnMLP as reason:
-            logger.debug("%s starts no MLP: %s", names[module], reason)
-            continue
-        up_names = tuple(names[up] for up in ups)
-        holder = _common_path([*up_names, names[down]])
-        found[down] = (MLP(holder, up_names, names[down], down.in_features), group)
-    return [found[down] for down in sorted(found, key=lambda down: calls[down].order)]
+        seen.add(producer)
+        if _is_operation(producer):
+            stack += producer.inputs
+        else:
+            found.append(producer.module)
+    return found
+
+
+def _outputs(module: Any) -> int:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    return int(module.weight.numel()) if isinstance(module, nn.LayerNorm) else channels_of(module)
+
+
+def _channels_last(module: nn.Module, values: Tensor, channels: int) -> Tensor:
+    """Move the channels of a layer's input or output to the end."""
+    second = isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
+    if not second and not isinstance(module, nn.Linear):
+        second = values.shape[-1] != channels
+    if values.dim() < 2 or values.shape[1 if second else -1] != channels:
+        raise _NotAnMLP("the layers differ in width")
+    return values.movedim(1, -1) if second else values
 
 
 def _common_path(names: list[str]) -> str:
@@ -165,73 +239,3 @@ def _common_path(names: list[str]) -> str:
     while all(depth < len(part) and part[depth] == parts[0][depth] for part in parts):
         depth += 1
     return ".".join(parts[0][:depth])
-
-
-class _NotAnMLP(Exception):
-    """Why a layer starts no MLP."""
-
-
-def _follow(start: Any) -> tuple[list[nn.Linear], nn.Linear]:
-    """Collect all layers coupled to `start`'s output channels; stop at the first misfit."""
-    ups: list[nn.Linear] = [start.module]
-    downs: list[nn.Linear] = []
-    seen, stack = {start}, list(_consumers(start))
-    while stack:
-        node, reads = stack.pop()
-        if node.type in _PASSING and not isinstance(node.module, (nn.Linear, nn.Parameter)):
-            if node not in seen:
-                seen.add(node)
-                stack += [*_consumers(node), *((producer, False) for producer in node.inputs)]
-            continue
-        layers = downs if reads else ups
-        if node.module not in layers:
-            layers.append(node.module)
-        if not isinstance(node.module, nn.Linear) or len(ups) > 2 or len(downs) > 1:
-            raise _NotAnMLP(f"its channels are coupled to {node.name}")
-    if not downs:
-        raise _NotAnMLP("no layer reads its channels")
-    return ups, downs[0]
-
-
-def _consumers(node: Any) -> Iterator[tuple[Any, bool]]:
-    return ((consumer, True) for consumer in node.outputs)
-
-
-def _check_values(calls: dict[nn.Module, _Call], ups: list[nn.Linear], down: nn.Linear) -> None:
-    """Check that one place and channel of the hidden activation comes from one place of each up.
-
-    The graph calls everything it does not know element-wise, a matrix product too. Gradients of
-    random channels at one place of `down`'s input tell the difference.
-    """
-    if down not in calls or any(up not in calls for up in ups):
-        raise _NotAnMLP("it is not called as a module")
-    hidden, width = calls[down].input, down.in_features
-    outputs = [calls[up].output for up in ups]
-    if hidden.shape[-1] != width or any(output.shape[-1] != width for output in outputs):
-        raise _NotAnMLP("the layers differ in width")
-    picked = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
-    picked = picked.to(hidden.device)
-    cotangent = torch.zeros_like(hidden)
-    cotangent.view(-1, width)[0, picked] = 1
-    gradients = torch.autograd.grad(
-        hidden, outputs, cotangent, retain_graph=True, allow_unused=True
-    )
-    for gradient in gradients:
-        if gradient is None:
-            raise _NotAnMLP("a layer's channels don't reach the hidden activation")
-        touched = gradient.reshape(-1, width) != 0
-        if bool((touched & ~picked).any()) or int(touched.any(-1).sum()) > 1:
-            raise _NotAnMLP("an operation between the layers mixes channels or tokens")
-
-
-def _check_group(graph: Any, ups: list[nn.Linear], down: nn.Linear) -> Any:
-    """Check Torch-Pruning's group: the same indices on every `up` and on `down`, nothing else."""
-    every = list(range(down.in_features))
-    group = graph.get_pruning_group(ups[0], function.prune_linear_out_channels, every)
-    layers = {(layer.module, layer.side): layer for layer in group_layers(group)}
-    if set(layers) != {*((up, "out") for up in ups), (down, "in")}:
-        raise _NotAnMLP(f"Torch-Pruning couples {[layer.name for layer in layers.values()]}")
-    for layer in layers.values():
-        if layer.indices != every or layer.root_indices != every:
-            raise _NotAnMLP(f"Torch-Pruning maps its channels to others of {layer.name}")
-    return group

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.cutting import cut
-from tp_amp.mlps import MLP, build_graph, find_groups
+from tp_amp.cutting import cut, mlp_group
+from tp_amp.graph import build_graph
+from tp_amp.mlps import MLP, read_mlps
 from tp_amp.search import Probe
 
 FORMAT = 1
@@ -116,7 +117,7 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None
         64
     """
     traced = build_graph(model, example_inputs)
-    mlps = {mlp.down: mlp for mlp, _ in find_groups(model, traced)}
+    mlps = {mlp.down: mlp for mlp in read_mlps(model, traced)}
     for name, kept in plan.keep.items():
         if name not in mlps:
             raise ValueError(
@@ -164,10 +165,11 @@ def plan_from_importance(
         >>> plan.widths
         {'blocks.0.mlp.fc2': 384}
     """
-    groups = find_groups(model, build_graph(model, example_inputs))
-    if not groups:
+    traced = build_graph(model, example_inputs)
+    mlps = read_mlps(model, traced)
+    if not mlps:
         raise ValueError(f"no MLP was found in {type(model).__name__}")
-    dense = {mlp.down: mlp.width for mlp, _ in groups}
+    dense = {mlp.down: mlp.width for mlp in mlps}
     if not isinstance(widths, dict):
         widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
     for name, width in widths.items():
@@ -176,21 +178,21 @@ def plan_from_importance(
                 f"can't keep {width} channels of {name}; the MLPs and their widths are {dense}"
             )
     keep = {
-        mlp.down: sorted(rank_channels(importance, mlp, group)[: widths[mlp.down]])
-        for mlp, group in groups
+        mlp.down: sorted(rank_channels(importance, traced.graph, mlp)[: widths[mlp.down]])
+        for mlp in mlps
         if mlp.down in widths
     }
     return PruningPlan(keep, {name: dense[name] for name in keep})
 
 
 @torch.no_grad()
-def rank_channels(importance: Callable[[Any], Tensor | None], mlp: MLP, group: Any) -> list[int]:
+def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, mlp: MLP) -> list[int]:
     """Order an MLP's hidden channels by importance, the best first; ties by index.
 
     Raises:
         ValueError: the importance gives None, another number of scores, or a score not finite.
     """
-    scores = importance(group)
+    scores = importance(mlp_group(graph, mlp, range(mlp.width)))
     if scores is None:
         raise ValueError(f"the importance has no score for the MLP {mlp.down}; see the log")
     bad = int((~torch.isfinite(scores)).sum())

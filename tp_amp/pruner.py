@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning import dependency
 
 from tp_amp._state import check_finite
 from tp_amp.batches import bar, check_batches
 from tp_amp.cutting import cut, narrowed
+from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.importance import EntropyTaylorImportance
-from tp_amp.mlps import MLP, build_graph, find_groups
+from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
 from tp_amp.search import Probe, accepted, search_width
@@ -105,31 +108,32 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         if rescore and isinstance(importance, EntropyTaylorImportance) and importance.data is None:
             raise ValueError("rescore=True needs EntropyTaylorImportance(data=...) to score again")
         check_finite(model)
+        own_pruners = dict(customized_pruners or {})
 
-        def build(inputs: Any) -> Any:
+        def build(inputs: Any, customized_pruners: dict[Any, Any]) -> Any:
             # No root module type: TP enumerates every group otherwise, which hangs on some models.
             # Fresh dicts: TP's default ones are shared by all pruners.
-            super(AdaptiveMLPPruner, self).__init__(
-                model,
-                inputs,
-                importance,
-                root_module_types=[],
-                ignored_layers=ignored_layers,
-                max_pruning_ratio=max_pruning_ratio,
-                round_to=round_to,
-                in_channel_groups={},
-                out_channel_groups={},
-                num_heads={},
-                forward_fn=forward_fn,
-                output_transform=output_transform,
-                unwrapped_parameters=list(unwrapped_parameters or []),
-                customized_pruners=dict(customized_pruners or {}),
-            )
+            with mock.patch.object(dependency, "DependencyGraph", TolerantGraph):
+                super(AdaptiveMLPPruner, self).__init__(
+                    model,
+                    inputs,
+                    importance,
+                    root_module_types=[],
+                    ignored_layers=ignored_layers,
+                    max_pruning_ratio=max_pruning_ratio,
+                    round_to=round_to,
+                    in_channel_groups={},
+                    out_channel_groups={},
+                    num_heads={},
+                    forward_fn=forward_fn,
+                    output_transform=output_transform,
+                    unwrapped_parameters=list(unwrapped_parameters or []),
+                    customized_pruners={**customized_pruners, **own_pruners},
+                )
             return self.DG
 
         traced = build_graph(model, example_inputs, build, forward_fn)
-        self._groups = _without_ignored(model, find_groups(model, traced), self.ignored_layers)
-        self.mlps = list(self._groups)
+        self.mlps = _without_ignored(model, read_mlps(model, traced), self.ignored_layers)
         self.calibration = calibration
         if objective is None and isinstance(importance, EntropyTaylorImportance):
             self.objective = importance.objective
@@ -162,7 +166,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 order = ranking[mlp] if ranking else self._rank([mlp])[mlp]
 
                 def entropy(width: int, mlp: MLP = mlp, order: list[int] = order) -> float:
-                    with narrowed(self.model, mlp, order[:width]):
+                    with narrowed(self.DG, mlp, order[:width]):
                         value = self._entropy(objective)
                     steps.update()
                     return value
@@ -181,7 +185,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 kept = sorted(order[: best.width]) if best else list(range(mlp.width))
                 if best:
                     reference = best.entropy
-                    pruned.enter_context(narrowed(self.model, mlp, kept))
+                    pruned.enter_context(narrowed(self.DG, mlp, kept))
                 self._report(mlp, tried, minimum)
                 keep[mlp.down], probes[mlp.down] = kept, tried
             steps.close()
@@ -203,9 +207,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         if isinstance(self.importance, EntropyTaylorImportance):
             downs = [mlp.down for mlp in mlps]
             self.importance.refresh(self.model, downs, progress=self.progress)
-        return {
-            mlp: rank_channels(self.importance, mlp, self._groups[mlp]) for mlp in reversed(mlps)
-        }
+        return {mlp: rank_channels(self.importance, self.DG, mlp) for mlp in reversed(mlps)}
 
     def _entropy(self, objective: Objective) -> float:
         return mean_objective(self.model, self.calibration, objective)
@@ -243,20 +245,18 @@ def _check_arguments(
         )
 
 
-def _without_ignored(
-    model: nn.Module, groups: list[tuple[MLP, Any]], ignored: list[nn.Module]
-) -> dict[MLP, Any]:
-    if not groups:
+def _without_ignored(model: nn.Module, mlps: list[MLP], ignored: list[nn.Module]) -> list[MLP]:
+    if not mlps:
         raise ValueError(
             f"no MLP was found in {type(model).__name__}; set the log level of 'tp_amp' to DEBUG "
             "to see why each layer starts none"
         )
-    left = {}
-    for mlp, group in groups:
+    left = []
+    for mlp in mlps:
         if any(model.get_submodule(name) in ignored for name in (*mlp.up, mlp.down)):
             logger.info("%s is not pruned: it is among the ignored layers", mlp.name)
         else:
-            left[mlp] = group
+            left.append(mlp)
     if not left:
-        raise ValueError(f"all {len(groups)} MLPs are among the ignored layers")
+        raise ValueError(f"all {len(mlps)} MLPs are among the ignored layers")
     return left

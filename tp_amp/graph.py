@@ -1,0 +1,183 @@
+"""Torch-Pruning's dependency graph of a model, built so that nothing is left behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning.pruner import function
+
+from tp_amp._state import evaluating, hooks
+from tp_amp.batches import Inputs, example
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Call:
+    """The last call of a layer in a forward pass with autograd."""
+
+    order: int
+    input: Tensor
+    output: Tensor
+
+
+@dataclass
+class TracedGraph:
+    """A dependency graph, and how its layers were called in one forward pass.
+
+    Attributes:
+        calls: the call of every module that TP knows or that has one parameter for each channel.
+        reads_images: whether a module's input depends on the images (a table of positions does
+            not); None where the inputs can't tell, such as token numbers.
+        graph: the `tp.DependencyGraph`.
+    """
+
+    calls: dict[nn.Module, Call]
+    reads_images: dict[nn.Module, bool] | None
+    graph: Any
+
+
+class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
+    """A graph that survives where Torch-Pruning can't infer shapes or map indices.
+
+    Layers and their couplings are there by then, and that is all that MLPs need.
+    """
+
+    def build_dependency(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the graph as TP does."""
+        try:
+            return super().build_dependency(*args, **kwargs)
+        except (IndexError, TypeError, ZeroDivisionError) as error:
+            if not getattr(self, "module2node", None):
+                raise
+            logger.info("Torch-Pruning maps no indices on this model (%r); MLPs need none", error)
+            return self
+
+
+class PerChannelPruner(function.BasePruningFunc):  # type: ignore[misc]
+    """Cuts a module whose parameters and buffers have one entry for each channel.
+
+    RMS norms and global response norms, say, of which Torch-Pruning sees the parameters alone.
+    """
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Drop channels `idxs` from every parameter, buffer and attribute that counts them."""
+        channels = channels_of(layer)
+        keep = sorted(set(range(channels)) - set(idxs))
+        for name, parameter in layer.named_parameters(recurse=False):
+            dim = list(parameter.shape).index(channels)
+            layer._parameters[name] = self._prune_parameter_and_grad(parameter, keep, dim)
+        for name, value in list(vars(layer).items()):
+            if value == channels and type(value) is int:
+                setattr(layer, name, len(keep))
+            elif isinstance(value, tuple) and tuple(value) == (channels,):
+                setattr(layer, name, (len(keep),))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """Count the channels."""
+        return channels_of(layer)
+
+    get_in_channels = get_out_channels
+
+
+def channels_of(module: nn.Module) -> int:
+    """Count the channels of a module that has one parameter entry for each; 0 if it hasn't."""
+    if next(module.children(), None) is not None or list(module.buffers(recurse=False)):
+        return 0
+    parameters = list(module.parameters(recurse=False))
+    sizes = {parameter.numel() for parameter in parameters}
+    one = all(p.numel() == max(p.shape, default=0) for p in parameters)
+    return sizes.pop() if one and len(sizes) == 1 else 0
+
+
+def per_channel_pruners(model: nn.Module) -> dict[type[nn.Module], PerChannelPruner]:
+    """One pruner for each class of per-channel module that Torch-Pruning does not know."""
+    found = {}
+    for module in model.modules():
+        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and channels_of(module) > 1:
+            found[type(module)] = PerChannelPruner()
+    return found
+
+
+def build_graph(
+    model: nn.Module,
+    example_inputs: Any,
+    build: Callable[..., Any] | None = None,
+    forward_fn: Callable[..., Any] | None = None,
+) -> TracedGraph:
+    """Trace `model` and build its dependency graph, leaving the model as it was.
+
+    Args:
+        model: the model.
+        example_inputs: as for `find_mlps`.
+        build: called with the example inputs in the form Torch-Pruning takes them and with
+            `customized_pruners`, while every parameter requires a gradient; returns the graph.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+
+    Raises:
+        ValueError: the model fails on `example_inputs`.
+    """
+    if build is None:
+        build = partial(TolerantGraph().build_dependency, model, verbose=False)
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        # The residual stream is never pruned here, so parameters outside modules don't matter.
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        warnings.filterwarnings("ignore", message="Maximum recursive depth reached")
+        inputs = example(example_inputs)
+        # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
+        raw = inputs.kwargs or inputs.args
+        run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
+        with evaluating(model, trainable=False):
+            reads_images = _record_readers(model, inputs, run)
+        with evaluating(model, trainable=True):
+            # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
+            calls = _record_calls(model, inputs, run)
+            graph = build(raw, customized_pruners=per_channel_pruners(model))
+    return TracedGraph(calls, reads_images, graph)
+
+
+def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, Call]:
+    calls: dict[nn.Module, Call] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(output, Tensor) and isinstance(args[0], Tensor):
+            calls[module] = Call(len(calls), args[0], output)
+
+    leaves = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    with hooks(module.register_forward_hook(record) for module in leaves):
+        inputs.call(run)
+    return calls
+
+
+def _record_readers(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, bool] | None:
+    """With frozen parameters, what requires a gradient depends on the inputs."""
+    floating = [t for t in inputs.tensors() if t.is_floating_point()]
+    required = [tensor.requires_grad for tensor in floating]
+    reads: dict[nn.Module, bool] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            reads[module] = reads.get(module, False) or args[0].requires_grad
+
+    readers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    try:
+        for tensor in floating:
+            tensor.requires_grad_(True)
+        with hooks(module.register_forward_pre_hook(record) for module in readers):
+            inputs.call(run)
+    finally:
+        for tensor, flag in zip(floating, required, strict=True):
+            tensor.requires_grad_(flag)
+    return reads if len(floating) == len(inputs.tensors()) else None
