@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import tp_amp
+
+RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (
@@ -64,3 +69,35 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     for batch, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         right += int((model(batch.to(device)).argmax(-1).cpu() == label).sum())
     return right / len(labels)
+
+
+def add_cross_entropy_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add up the parameters' gradients over labelled batches, as Torch-Pruning's examples do."""
+    for images, labels in batches:
+        nn.functional.cross_entropy(model(images), labels).backward()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    # torch_pruning.__version__ says 1.6.0 in 1.6.1.
+    return {
+        "tp_amp": tp_amp.__version__,
+        "torch-pruning": version("torch-pruning"),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a result, and make its folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows in columns: the first to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in (header, *rows)
+    )
