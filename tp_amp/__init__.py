@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tp_amp.batches import split_batches as split_batches
+    from tp_amp.dimap import DIMAPImportance as DIMAPImportance
+    from tp_amp.dimap import dimap_masks as dimap_masks
+    from tp_amp.dimap import dimap_scopes as dimap_scopes
+    from tp_amp.dimap import dimap_sparsify as dimap_sparsify
+    from tp_amp.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
+    from tp_amp.gram_schmidt import gram_schmidt_order as gram_schmidt_order
     from tp_amp.importance import EntropyTaylorImportance as EntropyTaylorImportance
     from tp_amp.mlps import MLP as MLP
     from tp_amp.mlps import find_mlps as find_mlps
@@ -12,6 +18,8 @@ if TYPE_CHECKING:
     from tp_amp.plan import apply_plan as apply_plan
     from tp_amp.plan import plan_from_importance as plan_from_importance
     from tp_amp.pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
+    from tp_amp.widths import mlp_ratio_widths as mlp_ratio_widths
+    from tp_amp.widths import pruning_ratio_dict as pruning_ratio_dict
 
 __version__ = "0.1.0"
 
@@ -19,11 +27,19 @@ __version__ = "0.1.0"
 _MODULES = {
     "MLP": "mlps",
     "AdaptiveMLPPruner": "pruner",
+    "DIMAPImportance": "dimap",
     "EntropyTaylorImportance": "importance",
+    "GramSchmidtImportance": "gram_schmidt",
     "PruningPlan": "plan",
     "apply_plan": "plan",
+    "dimap_masks": "dimap",
+    "dimap_scopes": "dimap",
+    "dimap_sparsify": "dimap",
     "find_mlps": "mlps",
+    "gram_schmidt_order": "gram_schmidt",
+    "mlp_ratio_widths": "widths",
     "plan_from_importance": "plan",
+    "pruning_ratio_dict": "widths",
     "split_batches": "batches",
 }
 __all__ = list(_MODULES)

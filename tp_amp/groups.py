@@ -20,7 +20,11 @@ _SIDES: dict[Any, Literal["in", "out"]] = {
 
 @dataclass(frozen=True)
 class GroupLayer:
-    """A Linear or convolution of a group: which of its channels belong to which root channels."""
+    """A Linear or convolution of a group: which of its channels belong to which root channels.
+
+    Root channels are counted by their place in `group[0].idxs`, so that a group of a few channels
+    works like one of all.
+    """
 
     name: str
     module: nn.Module
@@ -31,24 +35,38 @@ class GroupLayer:
 
 def group_layers(group: Any) -> Iterator[GroupLayer]:
     """Yield the Linears and convolutions of a group whose root channels are all known."""
+    places = {root: place for place, root in enumerate(group[0].idxs)}
     for item in group.items:
         side = _SIDES.get(item.dep.handler)
         # Grouped-query attention leaves None among the root indices.
-        if side is None or any(root is None for root in item.root_idxs):
+        if side is None or any(root not in places for root in item.root_idxs):
             continue
         module = item.dep.target.module
         name = group._DG._module2name[module]
-        yield GroupLayer(name, module, side, list(item.idxs), list(item.root_idxs))
+        roots = [places[root] for root in item.root_idxs]
+        yield GroupLayer(name, module, side, list(item.idxs), roots)
+
+
+def root_name(group: Any) -> str:
+    """Module path of the layer that a group starts from."""
+    return str(group._DG._module2name[group[0].dep.target.module])
 
 
 def sum_in_channels(
     group: Any, score: Callable[[GroupLayer], Tensor | None]
 ) -> tuple[Tensor | None, list[str]]:
-    """Sum a score of each layer's input channels onto the root channels of the group.
+    """Like `sum_channels`, over the layers that read the group's channels."""
+    return sum_channels(group, lambda layer: score(layer) if layer.side == "in" else None)
+
+
+def sum_channels(
+    group: Any, score: Callable[[GroupLayer], Tensor | None]
+) -> tuple[Tensor | None, list[str]]:
+    """Sum a score of each layer's channels onto the root channels of the group.
 
     Args:
         group: a `tp.dependency.Group`.
-        score: gives the layer's score for all its input channels, `(in,)`, or None.
+        score: gives the layer's score for all channels of its side, `(channels,)`, or None.
 
     Returns:
         The sum `(root channels,)`, None where no layer has a score, and the names of the layers
@@ -57,7 +75,7 @@ def sum_in_channels(
     total: Tensor | None = None
     scored = []
     for layer in group_layers(group):
-        values = score(layer) if layer.side == "in" else None
+        values = score(layer)
         if values is None:
             continue
         if total is None:
@@ -67,3 +85,33 @@ def sum_in_channels(
         total.scatter_add_(0, root, values[index])
         scored.append(layer.name)
     return total, scored
+
+
+def channel_weights(layer: GroupLayer) -> Tensor:
+    """Lay out the weights of each channel on the layer's side, `(channels, weights)`.
+
+    Output channels give their rows (filters), input channels their columns.
+    """
+    weight: Any = layer.module.weight
+    weight = weight.detach()
+    if (layer.side == "out") != bool(getattr(layer.module, "transposed", False)):
+        return torch.flatten(weight, 1)
+    groups = int(getattr(layer.module, "groups", 1))
+    parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return torch.flatten(parts.transpose(1, 2), 2).flatten(0, 1)
+
+
+def root_weights(layer: GroupLayer, roots: int) -> Tensor:
+    """Lay out the layer's weights of each root channel of the group, `(roots, weights)`.
+
+    A root channel may own several of the layer's channels (q, k and v of a packed projection);
+    their weights stand side by side, with zeros where it owns fewer than another.
+    """
+    weights = channel_weights(layer)
+    index = torch.tensor(layer.indices, device=weights.device)
+    root, order = torch.tensor(layer.root_indices, device=weights.device).sort(stable=True)
+    owned = root.bincount(minlength=roots)
+    place = torch.arange(len(root), device=root.device) - (owned.cumsum(0) - owned)[root]
+    rows = weights.new_zeros(roots, int(owned.max()), weights.shape[1])
+    rows[root, place] = weights[index[order]]
+    return rows.flatten(1)
