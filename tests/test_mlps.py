@@ -235,3 +235,20 @@ def test_biases_cached_by_the_model_are_dropped() -> None:
     model = Caching()
     tp_amp.find_mlps(model, torch.randn(1, 5, 4))
     assert list(model.cache) == ["before"]
+
+
+def test_saturated_attention_is_left_out() -> None:
+    """With one token at a weight of exactly one, values pass through as if element by element."""
+
+    class Saturated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(4, 24), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.proj((1e6 * q @ k.transpose(1, 2)).softmax(-1) @ v)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert tp_amp.find_mlps(Saturated(), torch.randn(1, 5, 4)) == []

@@ -180,20 +180,27 @@ def _check_segment(node: Any, traced: TracedGraph, width: int) -> int:
         raise _NotAnMLP(f"nothing feeds {node.name}")
     hidden = _channels_last(node.module, call.input, width)
     picked = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
-    cotangent = torch.zeros_like(hidden)
-    cotangent[(0,) * (hidden.dim() - 1)] = picked.to(hidden)
-    gradients = torch.autograd.grad(
-        hidden, producers, cotangent, retain_graph=True, allow_unused=True
-    )
-    ratios = set()
-    for producer, gradient in zip(_producers(node), gradients, strict=True):
-        if gradient is None:
-            raise _NotAnMLP("a layer's channels don't reach the hidden activation")
-        ratio = max(1, _outputs(producer) // width)
-        touched = _channels_last(producer, gradient, width * ratio).reshape(-1, width * ratio) != 0
-        if int(touched.any(-1).sum()) > 1 or bool((touched & ~picked.repeat(ratio)).any()):
-            raise _NotAnMLP("an operation between the layers mixes channels or tokens")
-        ratios.add(ratio)
+    picked = picked.to(hidden.device)
+    ratios = [max(1, _outputs(module) // width) for module in _producers(node)]
+    reached = [torch.zeros(ratio, dtype=torch.bool, device=hidden.device) for ratio in ratios]
+    rows = hidden.numel() // width
+    for row in sorted({0, rows // 3, rows // 2, rows - 1}):
+        cotangent = hidden.new_zeros(rows, width)
+        cotangent[row, picked] = 1
+        gradients = torch.autograd.grad(
+            hidden, producers, cotangent.view(hidden.shape), retain_graph=True, allow_unused=True
+        )
+        for i, (module, gradient) in enumerate(zip(_producers(node), gradients, strict=True)):
+            if gradient is None:
+                raise _NotAnMLP("a layer's channels don't reach the hidden activation")
+            values = _channels_last(module, gradient, width * ratios[i])
+            touched = values.reshape(-1, ratios[i], width) != 0
+            if int(touched.any(-1).any(-1).sum()) > 1 or bool((touched & ~picked).any()):
+                raise _NotAnMLP("an operation between the layers mixes channels or tokens")
+            reached[i] |= touched.any(-1).any(0)
+    # Attention saturated to one token looks element-wise, but its queries and keys get no gradient.
+    if not all(bool(parts.all()) for parts in reached):
+        raise _NotAnMLP("a part of a layer's channels has no gradient to judge by")
     return max(ratios)
 
 
