@@ -11,6 +11,7 @@ and PyTorch's allocated memory. Weights and images are random. Writes results/sp
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import platform
 import time
@@ -117,6 +118,7 @@ def peak_of_process(name: str, job: str) -> int:
     """Bytes by which a job on the CPU raises the resident set; for a process of its own."""
     torch.set_num_threads(1)
     case = Case(name, "cpu")
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what loading and tracing took
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_peak()
     case.jobs[job]()

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +282,11 @@ def test_partial_groups_are_scored_in_their_own_order_and_not_changed() -> None:
     assert [(item.idxs, item.root_idxs) for item in group.items] == before
 
 
-def vit(depth: int = 1) -> Any:
+def vit(**arguments: Any) -> Any:
     torch.manual_seed(0)
-    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=5, **arguments).eval()
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | arguments
+    arguments = {"depth": 1, "num_classes": 5} | arguments
+    return timm.create_model("vit_tiny_patch16_224", **arguments).eval()
 
 
 @pytest.mark.parametrize("root", ["qkv", "proj"])
@@ -515,6 +517,29 @@ def test_pruning_ratio_dict_names_what_is_wrong() -> None:
             ValueError, match=r"can't keep \d+ channels of blocks\.0\.mlp\.\w+; the"
         ):
             tp_amp.pruning_ratio_dict(toy(), images(1), widths)
+
+
+def packed() -> Any:
+    model = vit(mlp_layer=partial(timm.layers.GluMlp, gate_last=False))
+    assert model.blocks[0].mlp.fc1.out_features == 2 * model.blocks[0].mlp.fc2.in_features
+    return model
+
+
+def test_packed_gate_and_value_are_one_neurons_rows() -> None:
+    model = packed()
+    mlp, inputs = model.blocks[0].mlp, torch.randn(2, 3, 16, 16)
+    rows = torch.cat(mlp.fc1.weight.detach().chunk(2), 1)
+    importance = tp_amp.GramSchmidtImportance()
+    plan = tp_amp.plan_from_importance(model, inputs, importance, {"blocks.0.mlp.fc2": 9})
+    assert plan.keep == {"blocks.0.mlp.fc2": sorted(naive_order(rows)[:9])}
+    expected = masked(model, plan.keep)(inputs)
+    tp_amp.apply_plan(model, inputs, plan)
+    assert relative(model(inputs), expected) < 1e-5
+
+
+def test_pruning_ratio_dict_refuses_packed_layers() -> None:
+    with pytest.raises(ValueError, match=r"can't cut blocks\.0\.mlp: gate and value are packed in"):
+        tp_amp.pruning_ratio_dict(packed(), torch.randn(1, 3, 16, 16), {"blocks.0.mlp.fc2": 9})
 
 
 def test_pruning_ratios_are_exact_in_torch_prunings_arithmetic() -> None:

@@ -119,6 +119,13 @@ SMALL = {
         0,
         0,
     ),
+    "dinov2": Tower(
+        lambda: timm.create_model(
+            "vit_giant_patch14_dinov2", depth=2, embed_dim=48, num_heads=4, img_size=28
+        ),
+        0,
+        0,
+    ),
     "vit": Tower(
         lambda: vision_transformer(
             embed_dim=64, depth=2, num_heads=4, mlp_ratio=5, img_size=28, qk_norm=True

@@ -99,9 +99,9 @@ def _enclosing(
     path = attention.split(".") if attention else []
     for length in range(len(path), -1, -1):
         name = ".".join(path[:length])
-        if sum(inside(other, name) for other in attentions) > 1:
+        if sum(_inside(other, name) for other in attentions) > 1:
             return
-        yield name, {n: m for n, m in linears.items() if inside(n, name)}
+        yield name, {n: m for n, m in linears.items() if _inside(n, name)}
 
 
 def heads(model: nn.Module, block: AttentionBlock) -> int:
@@ -116,7 +116,22 @@ def heads(model: nn.Module, block: AttentionBlock) -> int:
     )
 
 
-def inside(name: str, holder: str) -> bool:
+def auxiliary(model: nn.Module, blocks: list[AttentionBlock]) -> list[nn.Module | nn.Parameter]:
+    """List the layers outside the blocks, and all parameters of modules that are no layers.
+
+    Those are embeddings and patch merging, the last norm and the head; positions, tokens, tables
+    and layer scales.
+    """
+    found: list[nn.Module | nn.Parameter] = []
+    for name, module in model.named_modules():
+        if "weight" not in module._parameters:
+            found += module.parameters(recurse=False)
+        elif not any(_inside(name, block.name) for block in blocks):
+            found.append(module)
+    return found
+
+
+def _inside(name: str, holder: str) -> bool:
     """Tell whether a module path is `holder` or below it."""
     return not holder or name == holder or name.startswith(f"{holder}.")
 

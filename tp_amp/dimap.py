@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tp_amp.blocks import AttentionBlock, find_blocks, heads, inside
+from tp_amp.blocks import auxiliary, find_blocks, heads
 from tp_amp.groups import GroupLayer, channel_weights, root_name, sum_channels
 
 logger = logging.getLogger(__name__)
@@ -133,27 +133,8 @@ def dimap_scopes(model: nn.Module, attention: float, mlp: float) -> dict[str, An
         "pruning_ratio": 0.0,
         "pruning_ratio_dict": {layers: share for layers, share in scopes.items() if share},
         "num_heads": qkv,
-        "ignored_layers": [*ignored, *_outside(model, blocks), *_bare_parameters(model)],
+        "ignored_layers": [*ignored, *auxiliary(model, blocks)],
     }
-
-
-def _outside(model: nn.Module, blocks: list[AttentionBlock]) -> list[nn.Module]:
-    """The layers that are in no block."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if "weight" in module._parameters and not any(inside(name, b.name) for b in blocks)
-    ]
-
-
-def _bare_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of modules that are no layers: embeddings, tokens, tables, layer scales."""
-    return [
-        parameter
-        for module in model.modules()
-        if "weight" not in module._parameters
-        for parameter in module.parameters(recurse=False)
-    ]
 
 
 def dimap_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:

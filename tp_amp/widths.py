@@ -32,7 +32,8 @@ def mlp_ratio_widths(model: nn.Module, example_inputs: Any, ratio: float) -> dic
     """
     widths = {}
     for mlp in _some_mlps(model, example_inputs):
-        inputs: Any = model.get_submodule(mlp.up[0]).in_features
+        up: Any = model.get_submodule(mlp.up[0])
+        inputs = up.weight.shape[1]
         widths[mlp.down] = int(ratio * inputs)
         if not 0 < widths[mlp.down] <= mlp.width:
             raise ValueError(
@@ -61,7 +62,8 @@ def pruning_ratio_dict(
         The `up` layers of each MLP in `widths` -> the share of its channels to prune.
 
     Raises:
-        ValueError: `widths` names a layer that is no MLP's `down`, or a width is out of range.
+        ValueError: `widths` names a layer that is no MLP's `down`, a width is out of range, or an
+            MLP has gate and value packed in one layer, which Torch-Pruning cuts wrongly.
 
     Example:
         >>> import timm, torch, torch_pruning as tp, tp_amp
@@ -84,6 +86,11 @@ def pruning_ratio_dict(
                 f"can't keep {width} channels of {name}; the MLPs and their widths are {dense}"
             )
         mlp = mlps[name]
+        if mlp.packed > 1:
+            raise ValueError(
+                f"Torch-Pruning's own pruners can't cut {mlp.name}: gate and value are packed in "
+                f"{mlp.up[0]}; use plan_from_importance and apply_plan"
+            )
         key = tuple(model.get_submodule(up) for up in mlp.up)
         ratios[key] = max(0.0, 1 - (width + 0.5) / mlp.width)
     return ratios
