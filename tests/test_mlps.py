@@ -8,6 +8,7 @@ from torch import nn
 from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, toy
 
 import tp_amp
+from tp_amp.fused import fused_parts
 
 TIMM = {
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}, 32, 2),
@@ -252,3 +253,41 @@ def test_saturated_attention_is_left_out() -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         assert tp_amp.find_mlps(Saturated(), torch.randn(1, 5, 4)) == []
+
+
+def parallel(**arguments: object) -> nn.Module:
+    name = "vit_pwee_patch16_reg1_gap_256"
+    return timm.create_model(name, depth=1, img_size=32, embed_dim=16, num_heads=2, **arguments)
+
+
+def test_fused_projection_that_is_not_understood_is_refused() -> None:
+    """The hidden channels rolled by one: a cut would take the wrong rows without an error."""
+    model = parallel()
+    model.blocks[0].mlp_act = Rolled()
+    with pytest.raises(ValueError, match=r"blocks\.0 is a ParallelScalingBlock .* mixes channels"):
+        tp_amp.find_mlps(model, images(1, size=32, channels=3))
+
+
+def test_fused_projection_of_other_widths_is_refused() -> None:
+    model = parallel()
+    model.blocks[0].in_split = [7, *model.blocks[0].in_split]
+    with pytest.raises(ValueError, match=r"blocks\.0 splits \d+ channels .* reads"):
+        list(fused_parts(model))
+
+
+class Rolled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.roll(1, -1)
+
+
+META = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224")
+
+
+@pytest.mark.parametrize("name", META)
+def test_meta_device_finds_the_same(name: str) -> None:
+    real = timm.create_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    size = real.default_cfg["input_size"]
+    found = tp_amp.find_mlps(model, torch.empty(1, *size, device="meta"))
+    assert found == tp_amp.find_mlps(real, torch.randn(1, *size))

@@ -15,7 +15,7 @@ from zoo import TIMM, hugging_face_models, open_clip_models, torchvision_models
 import tp_amp
 
 # Norms over the hidden channels make cutting and masking differ by construction.
-MIXING = {"beit3": 2, "eva02_clip": 2, "convnextv2": 5}
+MIXING = {"beit3": 2, "eva02_clip": 2, "convnextv2": 5, "open_clip_eva02": 12}
 GROUPS = {
     "open_clip": open_clip_models,
     "torchvision": torchvision_models,
@@ -40,8 +40,9 @@ def masked(model: nn.Module, mlps: list[tp_amp.MLP], keep: dict[str, list[int]])
     model = copy.deepcopy(model)
     for mlp in mlps:
         down = model.get_submodule(mlp.down)
-        mask = torch.zeros(mlp.width)
-        mask[keep[mlp.down]] = 1
+        mask = torch.ones(down.weight.shape[1])
+        mask[mlp.first : mlp.first + mlp.width] = 0
+        mask[mlp.first + torch.tensor(keep[mlp.down])] = 1
         mask = mask if isinstance(down, nn.Linear) else mask.view(-1, 1, 1)
         down.register_forward_pre_hook(lambda _m, args, mask=mask: (args[0] * mask,))
     return model
@@ -91,9 +92,8 @@ def check(name: str, model: nn.Module, inputs: Any, count: int) -> None:
     again.load_state_dict(model.state_dict())
     run(again, inputs).sum().backward()
     assert all(
-        model.get_submodule(mlp.down).in_features == len(keep[mlp.down])
+        model.get_submodule(mlp.down).weight.shape[1] - mlp.first == len(keep[mlp.down])
         for mlp in mlps
-        if isinstance(model.get_submodule(mlp.down), nn.Linear)
     )
     tp_amp.apply_plan(again, inputs, tp_amp.PruningPlan({mlps[0].down: [0]}))
     assert torch.isfinite(run(again, inputs)).all()

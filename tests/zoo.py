@@ -6,11 +6,13 @@ Each entry gives the model, its example inputs, and how many MLPs a reader of it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import vision_transformer
 from torch import nn
 
 Entry = tuple[Callable[[], nn.Module], Any, int]
@@ -24,6 +26,7 @@ def timm_model(name: str, size: int, count: int, **arguments: Any) -> Entry:
     return lambda: timm.create_model(name, pretrained=False, **arguments), image(size), count
 
 
+fused_out = partial(vision_transformer.ParallelScalingBlock, fuse_out_proj=True)
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 2)}
 SWIN_HEADS = {**SWIN, "num_heads": (1, 2, 4, 8)}
@@ -59,7 +62,10 @@ TIMM: dict[str, Entry] = {
     ),
     "cait": timm_model("cait_xxs24_224", 32, 4, img_size=32, depth=2),
     "pvt_v2": timm_model("pvt_v2_b0", 64, 8),
-    "maxvit": timm_model("maxvit_rmlp_pico_rw_256", 256, 12, depths=(1, 1, 1, 1)),
+    "maxvit": timm_model(
+        "maxvit_tiny_tf_224", 224, 13, depths=(1, 1, 1, 1), embed_dim=(32, 32, 64, 64)
+    ),
+    "maxvit_rmlp": timm_model("maxvit_rmlp_pico_rw_256", 256, 12, depths=(1, 1, 1, 1)),
     "hiera": timm_model("hiera_tiny_224", 224, 12, embed_dim=24, num_heads=1),
     "sam2_hiera": timm_model("sam2_hiera_tiny", 128, 12),
     "mvitv2": timm_model("mvitv2_tiny", 224, 10),
@@ -71,6 +77,11 @@ TIMM: dict[str, Entry] = {
     "so150m_map": timm_model("vit_so150m_patch16_reg4_map_256", 32, 3, img_size=32, depth=2),
     "so150m2": timm_model("vit_so150m2_patch16_reg1_gap_256", 32, 2, img_size=32, depth=2),
     "dwee": timm_model("vit_dwee_patch16_reg1_gap_256", 32, 2, img_size=32, depth=2),
+    "pwee": timm_model("vit_pwee_patch16_reg1_gap_256", 32, 2, img_size=32, depth=2),
+    "pwee_fused_out": timm_model(
+        "vit_pwee_patch16_reg1_gap_256", 32, 2, img_size=32, depth=2, block_fn=fused_out
+    ),
+    "dpwee": timm_model("vit_dpwee_patch16_reg1_gap_256", 32, 2, img_size=32, depth=2),
     "naflex_parallel": timm_model("naflexvit_base_patch16_parfac_gap", 384, 1, depth=1),
     "naflex": timm_model("naflexvit_base_patch16_gap", 384, 1, depth=1),
     "davit": timm_model("davit_tiny", 64, 8, depths=(1, 1, 1, 1)),
@@ -94,13 +105,22 @@ TIMM: dict[str, Entry] = {
 
 
 def open_clip_models() -> dict[str, Entry]:
-    from open_clip.model import CLIP
+    from open_clip.coca_model import CoCa
+    from open_clip.model import CLIP, CustomTextCLIP
 
     tower = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 32}
     text = {"layers": 1, "width": 32, "heads": 2, "vocab_size": 50, "context_length": 8}
     wrapped = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map"}
     wrapped |= {"timm_proj": "none", "image_size": 224}
-    tokens = torch.randint(0, 50, (1, 8), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(1, 50, (1, 8), generator=torch.Generator().manual_seed(4))
+    pooled = {**tower, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    captions = {**text, "embed_cls": True, "output_tokens": True, "context_length": 7}
+    decoder = {**text, "attn_pooler_heads": 2, "context_length": 7}
+
+    def timm_tower(name: str, pool: str, projection: str | None, size: int) -> nn.Module:
+        vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
+        return CustomTextCLIP(64, {**vision, "image_size": size}, text).visual
+
     return {
         "open_clip": (lambda: CLIP(32, tower, text).visual, image(32), 2),
         "open_clip_quick_gelu": (
@@ -110,6 +130,32 @@ def open_clip_models() -> dict[str, Entry]:
         ),
         "open_clip_full": (lambda: CLIP(32, tower, text), (image(32), tokens), 3),
         "open_clip_siglip": (lambda: CLIP(768, wrapped, text).visual, image(224), 13),
+        "open_clip_siglip_full": (
+            lambda: CustomTextCLIP(768, wrapped, {**text, "no_causal_mask": True}),
+            (image(224), tokens),
+            14,
+        ),
+        "open_clip_coca": (lambda: CoCa(32, decoder, captions, pooled).visual, image(32), 2),
+        "open_clip_coca_full": (
+            lambda: CoCa(32, decoder, captions, pooled),
+            (image(32), tokens[:, :7]),
+            5,
+        ),
+        "open_clip_eva02": (
+            lambda: timm_tower("eva02_base_patch16_clip_224", "token", None, 224),
+            image(224),
+            12,
+        ),
+        "open_clip_mobileclip": (
+            lambda: timm_tower("fastvit_mci1", "avg", None, 64),
+            image(64),
+            43,
+        ),
+        "open_clip_vitamin": (
+            lambda: timm_tower("vitamin_small_224", "", "linear", 224),
+            image(224),
+            20,
+        ),
     }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 from torch_pruning import _helpers
-from torch_pruning.dependency import Dependency, Group
+from torch_pruning.dependency import Dependency, Group, Node
 
+from tp_amp.fused import FusedBlockPruner
 from tp_amp.mlps import MLP
 
 
@@ -23,18 +24,28 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     rows = [j + part * mlp.width for part in range(mlp.packed) for j in channels]
     layers = [(name, "prune_out_channels", rows) for name in mlp.up]
     layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
-    down = (mlp.down, "prune_in_channels", list(channels))
+    down = (mlp.down, "prune_in_channels", [mlp.first + j for j in channels])
     layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
-    nodes = [graph.module2node[graph.model.get_submodule(name)] for name, _, _ in layers]
+    if mlp.fused:
+        layers.append((mlp.name, "prune_out_channels", list(channels)))
+    nodes = [_node(graph, name) for name, _, _ in layers]
     group = Group()
     group._DG = graph
     for node, (_, side, indices) in zip(nodes, layers, strict=True):
-        handler = getattr(graph.get_pruner_of_module(node.module), side)
+        known = node.module in graph.module2node
+        pruner = graph.get_pruner_of_module(node.module) if known else FusedBlockPruner()
+        handler = getattr(pruner, side)
         dependency = Dependency(handler, handler, source=nodes[0], target=node)
         item = _helpers.GroupItem(dependency, indices)
         item.root_idxs = list(channels) * (len(indices) // max(1, len(channels)))
         group._group.append(item)
     return group
+
+
+def _node(graph: Any, name: str) -> Node:
+    """Give the graph's node of a layer, or one for a block that is no layer of its own."""
+    module = graph.model.get_submodule(name)
+    return graph.module2node.get(module) or Node(module, None, name)
 
 
 @contextmanager

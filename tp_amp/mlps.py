@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning import ops
 
-from tp_amp.graph import Call, TracedGraph, build_graph, channels_of
+from tp_amp.fused import FusedParts, fused_parts
+from tp_amp.graph import TracedGraph, build_graph, channels_of
+from tp_amp.segments import NotAnMLP, check_apart, check_segment, is_operation, outputs
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class MLP:
         inner: module paths of the norms and depthwise convolutions in between, which are cut too.
         packed: how many rows of its one `up` make one hidden channel: channel j comes from rows
             j, j + width, ... (2 for a gated MLP in one layer).
+        fused: whether its layers hold more than the MLP: `up` the queries, keys and values after
+            the hidden channels, and `down` maybe the heads before them (timm's parallel blocks).
+        first: the input channel of `down` that is hidden channel 0.
     """
 
     name: str
@@ -37,6 +41,8 @@ class MLP:
     width: int
     inner: tuple[str, ...] = ()
     packed: int = 1
+    fused: bool = False
+    first: int = 0
 
 
 def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
@@ -78,13 +84,11 @@ def read_mlps(model: nn.Module, traced: TracedGraph) -> list[MLP]:
             parts = _follow(node)
             if parts.down not in found:
                 found[parts.down] = _check(parts, traced, names)
-        except _NotAnMLP as reason:
+        except NotAnMLP as reason:
             logger.debug("%s starts no MLP: %s", names.get(module), reason)
+    for fused in fused_parts(model):
+        found[fused.down] = _check_fused(fused, traced, names)
     return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
-
-
-class _NotAnMLP(Exception):
-    """Why a layer starts no MLP."""
 
 
 @dataclass
@@ -114,18 +118,13 @@ def _is_per_channel(module: Any) -> bool:
     return isinstance(module, _NORMS) or (isinstance(module, nn.Module) and channels_of(module) > 1)
 
 
-def _is_operation(node: Any) -> bool:
-    """Whether a node is an operation of the graph, not a module of the model."""
-    return node._name is None and node.type not in (ops.OPTYPE.OUTPUT, ops.OPTYPE.PARAMETER)
-
-
 def _follow(start: Any) -> _Parts:
     """Collect all layers coupled to `start`'s output channels; stop at the first misfit."""
     parts = _Parts([start], [], [])
     seen, stack = {start}, [(node, True) for node in start.outputs]
     while stack:
         node, reads = stack.pop()
-        if _is_operation(node):
+        if is_operation(node):
             goes_on = node not in seen
             seen.add(node)
         elif _is_per_channel(node.module):
@@ -135,12 +134,12 @@ def _follow(start: Any) -> _Parts:
             layers, goes_on = (parts.downs if reads else parts.ups), False
             layers += [node] if node not in layers else []
             if not _is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
-                raise _NotAnMLP(f"its channels are coupled to {node.name}")
+                raise NotAnMLP(f"its channels are coupled to {node.name}")
         if goes_on:
             stack += [(consumer, True) for consumer in node.outputs]
             stack += [(producer, False) for producer in node.inputs]
     if not parts.downs:
-        raise _NotAnMLP("no layer reads its channels")
+        raise NotAnMLP("no layer reads its channels")
     return parts
 
 
@@ -150,14 +149,14 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
     nodes = [*parts.ups, *parts.inner, *parts.downs]
     for node in nodes:
         if node.module not in calls:
-            raise _NotAnMLP(f"{node.name} is not called as a module")
+            raise NotAnMLP(f"{node.name} is not called as a module")
     if traced.reads_images is not None and not traced.reads_images.get(down, False):
-        raise _NotAnMLP("its channels don't depend on the images")
+        raise NotAnMLP("its channels don't depend on the images")
     width = down.in_features if isinstance(down, nn.Linear) else down.in_channels
-    packed = {_check_segment(node, traced, width) for node in (*parts.inner, *parts.downs)}
-    made = {_outputs(up.module) for up in parts.ups}
+    packed = {check_segment(node, traced, width) for node in (*parts.inner, *parts.downs)}
+    made = {outputs(up.module) for up in parts.ups}
     if made != {width * max(packed)} or (max(packed) > 1 and len(parts.ups) > 1):
-        raise _NotAnMLP("the layers differ in width")
+        raise NotAnMLP("the layers differ in width")
     parts.ups.sort(key=lambda up: calls[up.module].order)
     parts.inner.sort(key=lambda node: calls[node.module].order)
     up, inner = (tuple(names[node.module] for node in part) for part in (parts.ups, parts.inner))
@@ -165,78 +164,27 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
     return MLP(name, up, names[down], width, inner, max(packed))
 
 
-def _check_segment(node: Any, traced: TracedGraph, width: int) -> int:
-    """Check that a channel of a layer's input comes from the same channel of what feeds it.
+def _check_fused(parts: FusedParts, traced: TracedGraph, names: dict[nn.Module, str]) -> MLP:
+    """Check the values of an MLP that shares its layers with the attention beside it."""
+    up, down = traced.calls[parts.up], traced.calls[parts.down]
+    hidden = down.input[..., parts.first : parts.first + parts.width]
 
-    The graph calls everything it does not know element-wise, a matrix product too. Gradients of
-    random channels at one place of the input tell the difference.
+    def layout(gradient: Tensor) -> Tensor:
+        if bool(gradient[..., parts.width :].any()):
+            raise NotAnMLP("the attention's channels reach the hidden activation")
+        return gradient[..., : parts.width]
 
-    Returns:
-        How many rows of a producer make one channel.
-    """
-    call: Call = traced.calls[node.module]
-    producers = [traced.calls[producer].output for producer in _producers(node)]
-    if not producers:
-        raise _NotAnMLP(f"nothing feeds {node.name}")
-    hidden = _channels_last(node.module, call.input, width)
-    picked = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
-    picked = picked.to(hidden.device)
-    ratios = [max(1, _outputs(module) // width) for module in _producers(node)]
-    reached = [torch.zeros(ratio, dtype=torch.bool, device=hidden.device) for ratio in ratios]
-    rows = hidden.numel() // width
-    for row in sorted({0, rows // 3, rows // 2, rows - 1}):
-        cotangent = hidden.new_zeros(rows, width)
-        cotangent[row, picked] = 1
-        gradients = torch.autograd.grad(
-            hidden, producers, cotangent.view(hidden.shape), retain_graph=True, allow_unused=True
-        )
-        for i, (module, gradient) in enumerate(zip(_producers(node), gradients, strict=True)):
-            if gradient is None:
-                raise _NotAnMLP("a layer's channels don't reach the hidden activation")
-            values = _channels_last(module, gradient, width * ratios[i])
-            touched = values.reshape(-1, ratios[i], width) != 0
-            if int(touched.any(-1).any(-1).sum()) > 1 or bool((touched & ~picked).any()):
-                raise _NotAnMLP("an operation between the layers mixes channels or tokens")
-            reached[i] |= touched.any(-1).any(0)
-    # Attention saturated to one token looks element-wise, but its queries and keys get no gradient.
-    if not all(bool(parts.all()) for parts in reached):
-        raise _NotAnMLP("a part of a layer's channels has no gradient to judge by")
-    return max(ratios)
-
-
-def _producers(node: Any) -> list[nn.Module]:
-    """The modules that feed a node through operations alone."""
-    seen, stack, found = set(), list(node.inputs), []
-    while stack:
-        producer = stack.pop()
-        if producer in seen:
-            continue
-        seen.add(producer)
-        if _is_operation(producer):
-            stack += producer.inputs
-        else:
-            found.append(producer.module)
-    return found
-
-
-def _outputs(module: Any) -> int:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.num_features
-    return int(module.weight.numel()) if isinstance(module, nn.LayerNorm) else channels_of(module)
-
-
-def _channels_last(module: nn.Module, values: Tensor, channels: int) -> Tensor:
-    """Move the channels of a layer's input or output to the end."""
-    second = isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
-    if not second and not isinstance(module, nn.Linear):
-        second = values.shape[-1] != channels
-    if values.dim() < 2 or values.shape[1 if second else -1] != channels:
-        raise _NotAnMLP("the layers differ in width")
-    return values.movedim(1, -1) if second else values
+    name = names[parts.block]
+    try:
+        if not hidden.is_meta:
+            check_apart(hidden, [up.output], [layout])
+    except NotAnMLP as reason:
+        raise ValueError(
+            f"{name} is a {type(parts.block).__name__} of a kind that is not understood: {reason}; "
+            "prune the other MLPs with ignored_layers, or another timm release"
+        ) from reason
+    layers = (names[parts.up],), names[parts.down]
+    return MLP(name, *layers, parts.width, fused=True, first=parts.first)
 
 
 def _common_path(names: list[str]) -> str:
