@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -42,6 +43,39 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Let the model's tensors be shapes without values, so that a forward pass costs nothing.
+
+    Yields:
+        The real parameter behind each stand-in. On exit every module has back what it held,
+        and nothing that it made meanwhile.
+    """
+    held: list[dict[str, Any]] = [
+        content
+        for module in model.modules()
+        for content in (vars(module), module._parameters, module._buffers)
+    ]
+    saved = [dict(content) for content in held]
+    stand_ins: dict[Any, Any] = {}
+
+    def stand_in(tensor: Tensor) -> Any:
+        if tensor not in stand_ins:
+            shape = torch.empty_like(tensor.detach(), device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            stand_ins[tensor] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
+        return stand_ins[tensor]
+
+    try:
+        for content in held:
+            content |= {k: stand_in(v) for k, v in content.items() if isinstance(v, Tensor)}
+        yield {new: old for old, new in stand_ins.items() if isinstance(old, nn.Parameter)}
+    finally:
+        for content, original in zip(held, saved, strict=True):
+            content.clear()
+            content.update(original)
 
 
 @contextmanager

@@ -30,6 +30,12 @@ class Inputs:
         """How many images the batch holds."""
         return len(self.tensors()[0])
 
+    def to(self, device: str) -> Inputs:
+        """The same arguments with all tensors on another device."""
+        args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
+        items = self.kwargs.items()
+        return Inputs(args, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in items})
+
     def call(self, function: Any) -> Any:
         """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
         try:

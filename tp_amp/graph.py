@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp._state import evaluating, hooks
+from tp_amp._state import evaluating, hooks, on_meta
 from tp_amp.batches import Inputs, example
 
 logger = logging.getLogger(__name__)
@@ -35,15 +35,23 @@ class TracedGraph:
     """A dependency graph, and how its layers were called in one forward pass.
 
     Attributes:
-        calls: the call of every module that TP knows or that has one parameter for each channel.
+        calls: the call of every module with parameters of its own.
         reads_images: whether a module's input depends on the images (a table of positions does
             not); None where the inputs can't tell, such as token numbers.
         graph: the `tp.DependencyGraph`.
+        values: runs the model for calls with values, if it was traced without any.
     """
 
     calls: dict[nn.Module, Call]
     reads_images: dict[nn.Module, bool] | None
     graph: Any
+    values: Callable[[], dict[nn.Module, Call]] | None = None
+
+    def with_values(self) -> dict[nn.Module, Call]:
+        """The calls with values, where the model has any; they are recorded once."""
+        if self.values is not None:
+            self.calls, self.values = self.values(), None
+        return self.calls
 
 
 class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -116,8 +124,12 @@ def build_graph(
     example_inputs: Any,
     build: Callable[..., Any] | None = None,
     forward_fn: Callable[..., Any] | None = None,
+    on_meta_device: bool = True,
 ) -> TracedGraph:
     """Trace `model` and build its dependency graph, leaving the model as it was.
+
+    The model is traced on the meta device, where that costs next to nothing; models that fail
+    there are traced with their values.
 
     Args:
         model: the model.
@@ -125,6 +137,7 @@ def build_graph(
         build: called with the example inputs in the form Torch-Pruning takes them and with
             `customized_pruners`, while every parameter requires a gradient; returns the graph.
         forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        on_meta_device: whether to try that first.
 
     Raises:
         ValueError: the model fails on `example_inputs`.
@@ -136,16 +149,66 @@ def build_graph(
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         warnings.filterwarnings("ignore", message="Maximum recursive depth reached")
         inputs = example(example_inputs)
+        trace = partial(_trace, model, build=build, forward_fn=forward_fn)
+        if not on_meta_device:
+            return trace(inputs)
+        try:
+            with on_meta(model) as real:
+                traced = trace(inputs.to("meta"))
+            _give_parameters_back(traced.graph, real)
+        except Exception as error:
+            logger.debug("the model fails on the meta device: %s", error)
+            return trace(inputs)
+    record = partial(_record_values, model, inputs, forward_fn)
+    return replace(traced, values=None if _has_no_values(model) else record)
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Inputs,
+    build: Callable[..., Any],
+    forward_fn: Callable[..., Any] | None,
+) -> TracedGraph:
+    run = _runner(model, inputs, forward_fn)
+    with evaluating(model, trainable=False):
+        reads_images = _record_readers(model, inputs, run)
+    with evaluating(model, trainable=True):
+        # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
+        calls = _record_calls(model, inputs, run)
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
-        run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
-        with evaluating(model, trainable=False):
-            reads_images = _record_readers(model, inputs, run)
-        with evaluating(model, trainable=True):
-            # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
-            calls = _record_calls(model, inputs, run)
-            graph = build(raw, customized_pruners=per_channel_pruners(model))
+        graph = build(raw, customized_pruners=per_channel_pruners(model))
     return TracedGraph(calls, reads_images, graph)
+
+
+def _runner(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    raw = inputs.kwargs or inputs.args
+    return model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
+
+
+def _record_values(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+) -> dict[nn.Module, Call]:
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model, trainable=True):
+        return _record_calls(model, inputs, _runner(model, inputs, forward_fn))
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _give_parameters_back(graph: Any, real: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put the real parameters where Torch-Pruning keeps those that belong to no layer."""
+    graph._param_to_name = {real.get(p, p): name for p, name in graph._param_to_name.items()}
+    graph.unwrapped_parameters = [
+        entry._replace(parameters=real.get(entry.parameters, entry.parameters))
+        for entry in graph.unwrapped_parameters
+    ]
+    for node in graph.module2node.values():
+        node.module = real.get(node.module, node.module)
+    graph.module2node = {node.module: node for node in graph.module2node.values()}
 
 
 def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, Call]:

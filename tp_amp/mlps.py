@@ -166,7 +166,8 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
 
 def _check_fused(parts: FusedParts, traced: TracedGraph, names: dict[nn.Module, str]) -> MLP:
     """Check the values of an MLP that shares its layers with the attention beside it."""
-    up, down = traced.calls[parts.up], traced.calls[parts.down]
+    calls = traced.with_values()
+    up, down = calls[parts.up], calls[parts.down]
     hidden = down.input[..., parts.first : parts.first + parts.width]
 
     def layout(gradient: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 )
             return self.DG
 
-        traced = build_graph(model, example_inputs, build, forward_fn)
+        # The parameters that the script names must be the ones in the graph.
+        meta = not unwrapped_parameters
+        traced = build_graph(model, example_inputs, build, forward_fn, on_meta_device=meta)
         self.mlps = _without_ignored(model, read_mlps(model, traced), self.ignored_layers)
         self.calibration = calibration
         if objective is None and isinstance(importance, EntropyTaylorImportance):

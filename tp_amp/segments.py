@@ -13,11 +13,10 @@ from torch_pruning import ops
 
 from tp_amp.graph import TracedGraph, channels_of
 
-# What may stand between two layers where there are no values to look at.
 _ELEMENT_WISE = {
     *("Add", "Clone", "Gelu", "Hardswish", "Mul", "Relu", "Sigmoid", "Silu", "Tanh", "ToCopy"),
-    *("Permute", "Slice", "Split", "SplitWithSizes", "T", "Transpose", "UnsafeView", "View"),
 }
+_MIXING = re.compile("Bmm|Softmax|.*ScaledDotProduct")
 
 
 class NotAnMLP(Exception):
@@ -27,37 +26,64 @@ class NotAnMLP(Exception):
 def check_segment(node: Any, traced: TracedGraph, width: int) -> int:
     """Check that a channel of a layer's input comes from the same channel of what feeds it.
 
-    The graph calls everything it does not know element-wise, a matrix product too. Gradients of
-    random channels at one place of the input tell the difference.
+    The graph calls everything it does not know element-wise, a matrix product too. Where all
+    operations are known to be element-wise, that is proof; else gradients of random channels at
+    one place of the input tell the difference.
 
     Returns:
         How many rows of a producer make one channel.
     """
-    call = traced.calls[node.module]
-    producers = [traced.calls[producer].output for producer in _producers(node)]
-    if not producers:
+    modules = _producers(node)
+    if not modules:
         raise NotAnMLP(f"nothing feeds {node.name}")
-    hidden = _channels_last(node.module, call.input, width)
-    ratios = [max(1, outputs(module) // width) for module in _producers(node)]
+    _channels_last(node.module, traced.calls[node.module].input, width)
+    ratios = [max(1, outputs(module) // width) for module in modules]
     layouts = [
         partial(_channels_last, module, channels=width * ratio)
-        for module, ratio in zip(_producers(node), ratios, strict=True)
+        for module, ratio in zip(modules, ratios, strict=True)
     ]
-    if hidden.is_meta:
-        _check_operations(node)
-    else:
-        check_apart(hidden, producers, layouts)
+    for module, layout in zip(modules, layouts, strict=True):
+        layout(traced.calls[module].output)
+    unknown = _unknown_operations(node, width, max(ratios))
+    if any(_MIXING.match(name) for name in unknown):
+        raise NotAnMLP("an attention stands between the layers")
+    if unknown:
+        calls = traced.with_values()
+        if calls[node.module].input.is_meta:
+            raise NotAnMLP(f"on the meta device {', '.join(unknown)} can't be judged")
+        hidden = _channels_last(node.module, calls[node.module].input, width)
+        check_apart(hidden, [calls[module].output for module in modules], layouts)
     return max(ratios)
 
 
-def _check_operations(node: Any) -> None:
-    """Check the kinds of operation that feed a node; on the meta device there are no values."""
-    for operation in _operations(node):
-        kind = re.sub(r"Backward\d*$", "", operation.grad_fn.name()) if operation.grad_fn else ""
-        # There a Linear is seen as its own product and a view of that.
-        own = operation in node.inputs and isinstance(node.module, nn.Linear)
-        if kind not in _ELEMENT_WISE and not (own and kind in ("Addmm", "Mm")):
-            raise NotAnMLP(f"on the meta device {kind or operation.name} can't be judged")
+def _unknown_operations(node: Any, width: int, ratio: int) -> list[str]:
+    """Name the operations before a node that may mix channels, or tokens of one channel."""
+    feeding = [producer for producer in _feeding(node) if is_operation(producer)]
+    return [
+        operation.grad_fn.name() if operation.grad_fn else operation.name
+        for operation in feeding
+        if not _keeps_channels(operation, node, width, ratio)
+    ]
+
+
+def _keeps_channels(operation: Any, node: Any, width: int, ratio: int) -> bool:
+    """Whether an operation, by its kind and shapes, keeps each channel to itself."""
+    backward = operation.grad_fn
+    kind = re.fullmatch(r"(\w+)Backward\d+", backward.name() if backward else "")
+    if kind is None:  # none of PyTorch's own
+        return False
+    name = kind[1]
+    if name in _ELEMENT_WISE:
+        return True
+    if name in ("View", "UnsafeView", "ReshapeAlias"):  # of leading dimensions alone
+        return int(backward._saved_self_sym_sizes[-1]) in (width, ratio * width)
+    if name == "Split":  # halves of packed rows, in whole parts
+        last = len(backward._saved_self_sym_sizes) - 1
+        dimension = backward._saved_dim
+        return backward._saved_split_size == width and dimension in (last, 2**64 - 1)
+    # A Linear is seen as its own product, of a weight that is transposed.
+    own = isinstance(node.module, nn.Linear) and operation in node.inputs
+    return name == "T" or (name in ("Addmm", "Mm") and own)
 
 
 def check_apart(
@@ -102,11 +128,6 @@ def is_operation(node: Any) -> bool:
 def _producers(node: Any) -> list[nn.Module]:
     """The modules that feed a node through operations alone."""
     return [producer.module for producer in _feeding(node) if not is_operation(producer)]
-
-
-def _operations(node: Any) -> list[Any]:
-    """The operations between a node and the modules that feed it."""
-    return [producer for producer in _feeding(node) if is_operation(producer)]
 
 
 def _feeding(node: Any) -> list[Any]:
