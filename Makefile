@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +20,10 @@ types: $(VENV)/installed
 # One process for each of two cores, each with one thread: models in tests are small.
 unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Measures every model of the zoo and writes the table into the README.
+zoo: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo_table.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -77,16 +77,19 @@ def test_keeping_everything_changes_nothing() -> None:
 BAD_PLANS = {
     "unknown": (
         PruningPlan({"blocks.7.mlp.second": [0]}),
-        "names blocks.7.mlp.second, which is no",
+        "blocks.7.mlp.second is neither an MLP of this model nor an attention",
     ),
-    "attention": (PruningPlan({"blocks.0.project": [0]}), "names blocks.0.project, which is no"),
+    "attention": (
+        PruningPlan({"blocks.0.project": [0]}),
+        r"blocks.0.project is neither an MLP .* no heads: {.blocks.0.: .*number of heads",
+    ),
     "empty": (PruningPlan({"blocks.0.mlp.second": []}), "must be distinct and within 0..19"),
     "repeated": (PruningPlan({"blocks.0.mlp.second": [1, 1]}), "must be distinct"),
     "negative": (PruningPlan({"blocks.0.mlp.second": [-1]}), "within 0..19"),
     "too large": (PruningPlan({"blocks.0.mlp.second": [20]}), "within 0..19"),
     "other width": (
         PruningPlan({"blocks.0.mlp.second": [0]}, {"blocks.0.mlp.second": 40}),
-        "has 20 hidden channels, the plan was made for 40",
+        "has 20 channels, the plan was made for 40",
     ),
 }
 
@@ -123,16 +126,22 @@ def test_plan_from_importance_takes_widths_by_name() -> None:
     assert plan.dense_widths == {"blocks.1.mlp.second": 20}
 
 
-@pytest.mark.parametrize("widths", [{"head": 3}, {"blocks.1.mlp.second": 21}, 0.0, 1.5])
+@pytest.mark.parametrize("widths", [{"blocks.1.mlp.second": 0}, {"blocks.1.mlp.second": 21}, 1.5])
 def test_widths_out_of_range_raise(widths: object) -> None:
-    if widths == 0.0:
-        plan = tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), 0.0)
-        assert set(plan.widths.values()) == {1}  # never empty
-        return
     with pytest.raises(ValueError, match="can't keep"):
         tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), widths)
+
+
+def test_widths_of_another_layer_raise() -> None:
+    with pytest.raises(ValueError, match="head is neither an MLP of this model nor an attention"):
+        tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), {"head": 3})
 
 
 def test_ties_keep_the_first_channels() -> None:
     plan = tp_amp.plan_from_importance(toy(), images(1), lambda group: torch.ones(20), 0.2)
     assert plan.keep["blocks.0.mlp.second"] == [0, 1, 2, 3]
+
+
+def test_at_least_one_channel_stays() -> None:
+    plan = tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), 0.0)
+    assert set(plan.widths.values()) == {1}

@@ -318,7 +318,7 @@ def test_ignored_layers_are_not_pruned() -> None:
     assert list(pruner.plan.keep) == ["blocks.1.mlp.second"]
     assert model.blocks[0].mlp.first.out_features == 20
     model = toy()
-    with pytest.raises(ValueError, match="all 2 MLPs are among the ignored layers"):
+    with pytest.raises(ValueError, match="all 2 MLPs are ignored layers"):
         pruner_of(model, ignored_layers=[model.blocks])
 
 
@@ -395,7 +395,7 @@ def test_calibration_must_be_repeatable_and_not_the_scoring_data() -> None:
 
 def test_no_mlp_raises() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-    with pytest.raises(ValueError, match="no MLP was found in Sequential; set the log level"):
+    with pytest.raises(ValueError, match="no MLP was found in Sequential"):
         pruner_of(model)
 
 
@@ -449,3 +449,35 @@ def test_unexpected_output_type_raises() -> None:
     with pytest.raises(TypeError, match="model returned a str; pass objective=a callable"):
         pruner.step()
     assert fingerprint(model) == before
+
+
+def test_heads_are_searched_after_the_mlps() -> None:
+    """The model with the plan's heads cut off at the projections is the one that comes out."""
+    model = perturbed(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32))
+    calibration = [images(4, seed=2, size=32, channels=3)]
+    importance = tp_amp.EntropyTaylorImportance(data=[images(4, seed=1, size=32, channels=3)])
+    dense = copy.deepcopy(model)
+    pruner = tp_amp.AdaptiveMLPPruner(
+        model, calibration[0][:1], importance, calibration, prune_num_heads=True, max_increase=10.0
+    )
+    pruner.step()
+    names = [f"blocks.{i}.{part}" for part in ("mlp.fc2", "attn.proj") for i in range(2)]
+    assert list(pruner.plan.keep) == names
+    assert pruner.plan.dense_widths["blocks.0.attn.proj"] == 3
+    assert pruner.plan.widths["blocks.0.attn.proj"] == model.blocks[0].attn.num_heads == 1
+    # The search took its widths one after another, heads last.
+    last = [probe for probe in pruner.plan.probes["blocks.0.attn.proj"] if probe.accepted][-1]
+    reached = entropy_of("prediction", model(calibration[0]).detach())
+    assert last.entropy == pytest.approx(float(reached), abs=1e-5)
+    # A head's score is the sum over its channels.
+    scores = importance.scores["blocks.0.attn.proj"].view(3, 64).sum(1)
+    assert pruner.plan.keep["blocks.0.attn.proj"] == [int(scores.argmax())]
+    again = copy.deepcopy(dense)
+    tp_amp.apply_plan(again, calibration[0][:1], pruner.plan)
+    assert relative(again(calibration[0]), model(calibration[0])) < 1e-5
+
+
+def test_heads_that_cannot_be_cut_are_named() -> None:
+    message = r"no attention of ToyViT can lose heads: blocks\.0: .*number of heads"
+    with pytest.raises(ValueError, match=message):
+        pruner_of(toy(), prune_num_heads=True)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tp_amp.attention import find_attentions as find_attentions
     from tp_amp.batches import split_batches as split_batches
     from tp_amp.dimap import DIMAPImportance as DIMAPImportance
     from tp_amp.dimap import dimap_masks as dimap_masks
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from tp_amp.dimap import dimap_sparsify as dimap_sparsify
     from tp_amp.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
     from tp_amp.gram_schmidt import gram_schmidt_order as gram_schmidt_order
+    from tp_amp.heads import Attention as Attention
     from tp_amp.importance import EntropyTaylorImportance as EntropyTaylorImportance
+    from tp_amp.inspection import Inspection as Inspection
+    from tp_amp.inspection import inspect as inspect
     from tp_amp.mlps import MLP as MLP
     from tp_amp.mlps import find_mlps as find_mlps
     from tp_amp.plan import PruningPlan as PruningPlan
@@ -27,16 +31,20 @@ __version__ = "0.1.0"
 _MODULES = {
     "MLP": "mlps",
     "AdaptiveMLPPruner": "pruner",
+    "Attention": "heads",
     "DIMAPImportance": "dimap",
     "EntropyTaylorImportance": "importance",
     "GramSchmidtImportance": "gram_schmidt",
+    "Inspection": "inspection",
     "PruningPlan": "plan",
     "apply_plan": "plan",
     "dimap_masks": "dimap",
     "dimap_scopes": "dimap",
     "dimap_sparsify": "dimap",
+    "find_attentions": "attention",
     "find_mlps": "mlps",
     "gram_schmidt_order": "gram_schmidt",
+    "inspect": "inspection",
     "mlp_ratio_widths": "widths",
     "plan_from_importance": "plan",
     "pruning_ratio_dict": "widths",

@@ -7,11 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch_pruning import _helpers
-from torch_pruning.dependency import Dependency, Group, Node
+from torch_pruning.dependency import Group
 
 from tp_amp.fused import FusedBlockPruner
+from tp_amp.groups import make_group
+from tp_amp.heads import Attention, head_group
 from tp_amp.mlps import MLP
+
+Site = MLP | Attention
+
+
+def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
+    """Make Torch-Pruning's group of some hidden channels of an MLP, or heads of an attention."""
+    if isinstance(site, Attention):
+        return head_group(graph, site, units)
+    return mlp_group(graph, site, units)
 
 
 def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
@@ -28,35 +38,27 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
     if mlp.fused:
         layers.append((mlp.name, "prune_out_channels", list(channels)))
-    nodes = [_node(graph, name) for name, _, _ in layers]
-    group = Group()
-    group._DG = graph
-    for node, (_, side, indices) in zip(nodes, layers, strict=True):
-        known = node.module in graph.module2node
-        pruner = graph.get_pruner_of_module(node.module) if known else FusedBlockPruner()
-        handler = getattr(pruner, side)
-        dependency = Dependency(handler, handler, source=nodes[0], target=node)
-        item = _helpers.GroupItem(dependency, indices)
-        item.root_idxs = list(channels) * (len(indices) // max(1, len(channels)))
-        group._group.append(item)
-    return group
-
-
-def _node(graph: Any, name: str) -> Node:
-    """Give the graph's node of a layer, or one for a block that is no layer of its own."""
-    module = graph.model.get_submodule(name)
-    return graph.module2node.get(module) or Node(module, None, name)
+    handlers = []
+    for name, side, indices in layers:
+        module = graph.model.get_submodule(name)
+        known = module in graph.module2node
+        pruner = graph.get_pruner_of_module(module) if known else FusedBlockPruner()
+        handlers.append((name, getattr(pruner, side), indices))
+    return make_group(graph, handlers, list(channels))
 
 
 @contextmanager
-def narrowed(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[None]:
-    """Let the MLP run with only the channels `keep` inside the block.
+def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
+    """Let an MLP run with only the channels `keep`, or an attention with those heads, in the block.
 
     Torch-Pruning cuts the layers; on exit they get back what they held: the same parameters with
-    their gradients, hooks and optimizer state, and the same buffers and attributes.
+    their gradients, hooks and optimizer state, the same buffers, attributes and classes.
+
+    Raises:
+        ValueError: no head of an attention is kept.
     """
-    group = mlp_group(graph, mlp, sorted(set(range(mlp.width)) - set(keep)))
-    saved = [_state(item.dep.target.module) for item in group.items]
+    group = site_group(graph, site, _dropped(site, keep))
+    saved = _states(graph, site, group)
     required = _required(saved)
     try:
         for item in group.items:
@@ -64,38 +66,55 @@ def narrowed(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[None]:
         _require(required)
         yield
     finally:
-        for module, attributes, parameters, buffers in saved:
+        for module, own, attributes, parameters, buffers in saved:
+            module.__class__ = own
+            module.__dict__.clear()
             module.__dict__.update(attributes)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
 
 
-def cut(graph: Any, mlp: MLP, keep: Sequence[int]) -> Iterator[Group]:
-    """Yield the Torch-Pruning group that cuts the MLP down to `keep`, if anything goes.
+def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
+    """Yield the Torch-Pruning group that cuts an MLP or attention down to `keep`, if anything goes.
 
     Whoever takes the group prunes it; asked for the next one, `requires_grad` of the cut
     parameters is put right, which Torch-Pruning sets to True.
+
+    Raises:
+        ValueError: no head of an attention is kept.
     """
-    drop = sorted(set(range(mlp.width)) - set(keep))
+    drop = _dropped(site, keep)
     if not drop:
         return
-    group = mlp_group(graph, mlp, drop)
-    required = _required([_state(item.dep.target.module) for item in group.items])
+    group = site_group(graph, site, drop)
+    required = _required(_states(graph, site, group))
     yield group
     _require(required)
 
 
-_State = tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]
+def _dropped(site: Site, keep: Sequence[int]) -> list[int]:
+    if isinstance(site, Attention) and not set(keep) & set(range(site.width)):
+        raise ValueError(
+            f"{site.name} must keep at least one of its {site.width} heads, found keep={list(keep)}"
+        )
+    return sorted(set(range(site.width)) - set(keep))
 
 
-def _state(module: nn.Module) -> _State:
-    return module, dict(vars(module)), dict(module._parameters), dict(module._buffers)
+_State = tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def _states(graph: Any, site: Site, group: Group) -> list[_State]:
+    """All that a cut may change: of an attention, everything it holds."""
+    modules = [item.dep.target.module for item in group.items]
+    if isinstance(site, Attention):
+        modules = list(graph.model.get_submodule(site.name).modules())
+    return [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
 
 
 def _required(states: list[_State]) -> list[tuple[nn.Module, str, bool]]:
     return [
         (module, name, parameter.requires_grad)
-        for module, _, parameters, _ in states
+        for module, _, _, parameters, _ in states
         for name, parameter in parameters.items()
         if parameter is not None
     ]

@@ -1,4 +1,4 @@
-"""The one loop over a Torch-Pruning group."""
+"""Make a Torch-Pruning group by hand, and the one loop over a group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,35 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch_pruning import _helpers
+from torch_pruning.dependency import Dependency, Group, Node
 from torch_pruning.pruner import function
+
+
+def make_group(graph: Any, layers: list[tuple[str, Any, list[int]]], roots: list[int]) -> Group:
+    """Make a group of layers that are known to be coupled.
+
+    Args:
+        graph: the `tp.DependencyGraph`. Modules that it has not seen, since the forward pass
+            reads their weights only or they are no layers, are given nodes of their own.
+        layers: module path, method of a Torch-Pruning pruner that cuts it, and its channels; the
+            root first. Several of a layer's channels may belong to one root channel, part by part.
+        roots: the root channels.
+    """
+    group = Group()
+    group._DG = graph
+    modules = [graph.model.get_submodule(name) for name, _, _ in layers]
+    nodes = [
+        graph.module2node.get(module) or Node(module, None, name)
+        for module, (name, _, _) in zip(modules, layers, strict=True)
+    ]
+    for node, (_, handler, indices) in zip(nodes, layers, strict=True):
+        dependency = Dependency(handler, handler, source=nodes[0], target=node)
+        item = _helpers.GroupItem(dependency, indices)
+        item.root_idxs = roots * (len(indices) // max(1, len(roots)))
+        group._group.append(item)
+    return group
+
 
 _SIDES: dict[Any, Literal["in", "out"]] = {
     function.prune_linear_out_channels: "out",

@@ -44,6 +44,11 @@ class MLP:
     fused: bool = False
     first: int = 0
 
+    @property
+    def units(self) -> str:
+        """What its `width` counts."""
+        return "channels"
+
 
 def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     """Find every MLP of `model`, in the order of the forward pass.
@@ -73,8 +78,10 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
 
 
 @torch.enable_grad()
-def read_mlps(model: nn.Module, traced: TracedGraph) -> list[MLP]:
-    """Find the MLPs in a traced graph."""
+def read_mlps(
+    model: nn.Module, traced: TracedGraph, reasons: dict[nn.Module, str] | None = None
+) -> list[MLP]:
+    """Find the MLPs in a traced graph; put why each other layer starts none into `reasons`."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, MLP] = {}
     for module, node in list(traced.graph.module2node.items()):
@@ -86,6 +93,8 @@ def read_mlps(model: nn.Module, traced: TracedGraph) -> list[MLP]:
                 found[parts.down] = _check(parts, traced, names)
         except NotAnMLP as reason:
             logger.debug("%s starts no MLP: %s", names.get(module), reason)
+            if reasons is not None:
+                reasons[module] = str(reason)
     for fused in fused_parts(model):
         found[fused.down] = _check_fused(fused, traced, names)
     return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
@@ -134,7 +143,7 @@ def _follow(start: Any) -> _Parts:
             layers, goes_on = (parts.downs if reads else parts.ups), False
             layers += [node] if node not in layers else []
             if not _is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
-                raise NotAnMLP(f"its channels are coupled to {node.name}")
+                raise NotAnMLP(f"its channels are coupled to {node._name or node.name}")
         if goes_on:
             stack += [(consumer, True) for consumer in node.outputs]
             stack += [(producer, False) for producer in node.inputs]

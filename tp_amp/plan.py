@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tp_amp.cutting import cut, mlp_group
-from tp_amp.graph import build_graph
-from tp_amp.mlps import MLP, read_mlps
+from tp_amp.attention import read_attentions
+from tp_amp.cutting import Site, cut, site_group
+from tp_amp.graph import TracedGraph, build_graph
+from tp_amp.heads import Attention
+from tp_amp.mlps import read_mlps
 from tp_amp.search import Probe
 
 FORMAT = 1
@@ -20,12 +22,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which hidden channels of each MLP stay.
+    """Which hidden channels of each MLP, and heads of each attention, stay.
+
+    An attention stands under its output projection, with its heads where an MLP has channels.
 
     Attributes:
-        keep: module path of each MLP's `down` -> the kept channels, ascending indices into the
+        keep: module path of each `down` -> the kept channels or heads, ascending indices into the
             dense layer.
-        dense_widths: module path of `down` -> hidden channels of the dense layer, where known.
+        dense_widths: module path of `down` -> channels or heads of the dense layer, where known.
         probes: module path of `down` -> the widths the search tried, in order, each with the
             entropy (nats) on the calibration images and whether it was accepted.
         dense_entropy: entropy (nats) of the dense model on the calibration images, where known.
@@ -45,7 +49,7 @@ class PruningPlan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Module path of each MLP's `down` -> number of channels that stay."""
+        """Module path of each `down` -> number of channels or heads that stay."""
         return {name: len(kept) for name, kept in self.keep.items()}
 
     def to_json(self) -> str:
@@ -97,16 +101,16 @@ class PruningPlan:
 
 
 def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None:
-    """Cut the MLPs of a dense model to a plan, through Torch-Pruning, in place.
+    """Cut the MLPs and heads of a dense model to a plan, through Torch-Pruning, in place.
 
     Args:
         model: of the architecture that the plan was made for, not yet pruned.
         example_inputs: as for `find_mlps`.
-        plan: MLPs that it does not name stay as they are.
+        plan: MLPs and attentions that it does not name stay as they are.
 
     Raises:
-        ValueError: the plan names a layer that is no MLP of the model, another width, or kept
-            channels that are empty, repeated or out of range. The model is then as it was.
+        ValueError: the plan names a layer that is no MLP or attention of the model, another width,
+            or kept channels that are empty, repeated or out of range. The model is then as it was.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -117,25 +121,45 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None
         64
     """
     traced = build_graph(model, example_inputs)
-    mlps = {mlp.down: mlp for mlp in read_mlps(model, traced)}
+    sites = find_sites(model, example_inputs, traced, plan.keep)
     for name, kept in plan.keep.items():
-        if name not in mlps:
-            raise ValueError(
-                f"the plan names {name}, which is no MLP of this model; its MLPs are {list(mlps)}"
-            )
-        width = mlps[name].width
+        width = sites[name].width
         if plan.dense_widths.get(name, width) != width:
             raise ValueError(
-                f"{name} has {width} hidden channels, the plan was made for "
+                f"{name} has {width} {sites[name].units}, the plan was made for "
                 f"{plan.dense_widths[name]}; apply it to the dense model"
             )
         if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= width:
             raise ValueError(
-                f"the plan's kept channels of {name} must be distinct and within 0..{width - 1}"
+                f"the plan's kept {sites[name].units} of {name} must be distinct and within "
+                f"0..{width - 1}"
             )
     for name, kept in plan.keep.items():
-        for group in cut(traced.graph, mlps[name], kept):
+        for group in cut(traced.graph, sites[name], kept):
             group.prune()
+
+
+def find_sites(
+    model: nn.Module, example_inputs: Any, traced: TracedGraph, names: Iterable[str]
+) -> dict[str, Site]:
+    """Find the MLPs, and where one of `names` is none of them, the attentions too.
+
+    Raises:
+        ValueError: one of `names` is neither an MLP's `down` nor an attention's.
+    """
+    sites: dict[str, Site] = {mlp.down: mlp for mlp in read_mlps(model, traced)}
+    reasons: dict[str, str] = {}
+    if not sites.keys() >= set(names):
+        attentions, reasons = read_attentions(model, example_inputs)
+        sites |= {attention.down: attention for attention in attentions}
+    for name in names:
+        if name not in sites:
+            kept = f"; attentions that can lose no heads: {reasons}" if reasons else ""
+            raise ValueError(
+                f"{name} is neither an MLP of this model nor an attention; they are "
+                f"{list(sites)}{kept}"
+            )
+    return sites
 
 
 def plan_from_importance(
@@ -144,18 +168,18 @@ def plan_from_importance(
     importance: Callable[[Any], Tensor | None],
     widths: float | dict[str, int],
 ) -> PruningPlan:
-    """Keep each MLP's most important channels at given widths; the model is not cut.
+    """Keep the most important channels or heads at given widths; the model is not cut.
 
     Args:
         model: the dense model.
         example_inputs: as for `find_mlps`.
         importance: any Torch-Pruning importance that is ready to score.
         widths: the fraction of each MLP's channels that stays, above 0 (at least one channel
-            stays), or a width for each `down`.
+            stays), or for each `down` its number of channels; of an attention, of heads.
 
     Raises:
-        ValueError: no MLP is found, `widths` names a layer that is no MLP or is out of range, or
-            the importance has no finite scores for an MLP.
+        ValueError: no MLP is found, `widths` names a layer that is neither MLP nor attention or
+            is out of range, or the importance has no finite scores for one.
 
     Example:
         >>> import timm, torch, torch_pruning as tp, tp_amp
@@ -166,42 +190,48 @@ def plan_from_importance(
         {'blocks.0.mlp.fc2': 384}
     """
     traced = build_graph(model, example_inputs)
-    mlps = read_mlps(model, traced)
-    if not mlps:
+    named = widths if isinstance(widths, dict) else {}
+    sites = find_sites(model, example_inputs, traced, named)
+    if not sites:
         raise ValueError(f"no MLP was found in {type(model).__name__}")
-    dense = {mlp.down: mlp.width for mlp in mlps}
+    dense = {name: site.width for name, site in sites.items()}
     if not isinstance(widths, dict):
         widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
     for name, width in widths.items():
-        if not 0 < width <= dense.get(name, 0):
+        if not 0 < width <= dense[name]:
             raise ValueError(
-                f"can't keep {width} channels of {name}; the MLPs and their widths are {dense}"
+                f"can't keep {width} {sites[name].units} of {name}, which has {dense[name]}"
             )
     keep = {
-        mlp.down: sorted(rank_channels(importance, traced.graph, mlp)[: widths[mlp.down]])
-        for mlp in mlps
-        if mlp.down in widths
+        name: sorted(rank_channels(importance, traced.graph, sites[name])[:width])
+        for name, width in widths.items()
     }
     return PruningPlan(keep, {name: dense[name] for name in keep})
 
 
 @torch.no_grad()
-def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, mlp: MLP) -> list[int]:
-    """Order an MLP's hidden channels by importance, the best first; ties by index.
+def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: Site) -> list[int]:
+    """Order an MLP's hidden channels or an attention's heads by importance, the best first.
+
+    The score of a head is the sum over its channels. Ties stand by index.
 
     Raises:
         ValueError: the importance gives None, another number of scores, or a score not finite.
     """
-    scores = importance(mlp_group(graph, mlp, range(mlp.width)))
+    scores = importance(site_group(graph, site, range(site.width)))
     if scores is None:
-        raise ValueError(f"the importance has no score for the MLP {mlp.down}; see the log")
-    bad = int((~torch.isfinite(scores)).sum())
-    if scores.shape != (mlp.width,) or bad:
         raise ValueError(
-            f"the importance's scores for {mlp.down} must be {mlp.width} finite numbers, found "
+            f"the importance has no score for the {type(site).__name__} {site.down}; see the log"
+        )
+    channels = site.width * (site.head_width if isinstance(site, Attention) else 1)
+    bad = int((~torch.isfinite(scores)).sum())
+    if scores.shape != (channels,) or bad:
+        raise ValueError(
+            f"the importance's scores for {site.down} must be {channels} finite numbers, found "
             f"shape {tuple(scores.shape)}, {bad} of them not finite; check weights and data"
         )
-    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    sums = scores.view(site.width, -1).sum(1)
+    order: list[int] = sums.argsort(descending=True, stable=True).tolist()
     return order
 
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch_pruning import dependency
 
 from tp_amp._state import check_finite
+from tp_amp.attention import find_attentions
 from tp_amp.batches import bar, check_batches
-from tp_amp.cutting import cut, narrowed
+from tp_amp.cutting import Site, cut, narrowed
 from tp_amp.graph import TolerantGraph, build_graph
+from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
@@ -35,6 +37,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     accepted model. Neurons are ranked once, on the dense model. Nothing else is pruned, and
     Torch-Pruning enumerates no other group.
 
+    With `prune_num_heads` the attentions follow, from the last to the first, with heads for
+    channels. That is an argument and no pruner of its own, because the search, the model as cut
+    so far and the plan are the same.
+
     Args:
         model: any model whose MLPs `find_mlps` finds.
         example_inputs: as for `find_mlps`.
@@ -47,9 +53,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_increase: allowed increase of the entropy for each MLP, in nats.
         steps: widths tried for each MLP at most.
         rescore: rank the neurons of each MLP again on the model as cut so far.
-        round_to: kept widths are multiples of it.
+        prune_num_heads: search the number of heads of each attention too, as Torch-Pruning calls
+            it; a head's score is the sum over its channels. At least one head stays.
+        round_to: kept widths of MLPs are multiples of it.
         min_width: smallest width of an MLP.
-        max_pruning_ratio: largest fraction of the channels that any one MLP may lose.
+        max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
+            lose.
         ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
         progress: show a progress bar on a terminal.
         forward_fn: as for `tp.pruner.MetaPruner`, and so are `output_transform`,
@@ -57,10 +66,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
 
     Attributes:
         mlps: the MLPs it prunes, in the order of the forward pass.
+        attentions: the attentions it prunes; none without `prune_num_heads`.
         plan: after `step`, names, kept channels, widths, and the entropy at every probe.
 
     Raises:
-        ValueError: no MLP is found, an argument is out of range, or weights are not finite.
+        ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
+            argument is out of range, or weights are not finite.
         TypeError: `calibration` can be read only once.
 
     Example:
@@ -88,6 +99,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_increase: float = 1e-2,
         steps: int = 6,
         rescore: bool = False,
+        prune_num_heads: bool = False,
         round_to: int = 1,
         min_width: int = 1,
         max_pruning_ratio: float = 1.0,
@@ -136,6 +148,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         meta = not unwrapped_parameters
         traced = build_graph(model, example_inputs, build, forward_fn, on_meta_device=meta)
         self.mlps = _without_ignored(model, read_mlps(model, traced), self.ignored_layers)
+        self.attentions: list[Attention] = []
+        if prune_num_heads:
+            found = find_attentions(model, example_inputs, forward_fn)
+            self.attentions = _without_ignored(model, found, self.ignored_layers)
+        # In the order of the search.
+        self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
         self.calibration = calibration
         if objective is None and isinstance(importance, EntropyTaylorImportance):
             self.objective = importance.objective
@@ -149,84 +167,96 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             logger.warning("the model was pruned by step() before; nothing more is pruned")
             return
         self.plan = self._search()
-        for mlp in reversed(self.mlps):
-            yield from cut(self.DG, mlp, self.plan.keep[mlp.down])
+        for site in self._sites:
+            yield from cut(self.DG, site, self.plan.keep[site.down])
 
     @torch.no_grad()
     def _search(self) -> PruningPlan:
-        """Find every MLP's width; whatever happens, the model is afterwards as it was."""
-        ranking = {} if self.rescore else self._rank(self.mlps)
+        """Find every width; whatever happens, the model is afterwards as it was."""
+        ranking = {} if self.rescore else self._rank(self._sites)
         objective = resolve_on(self.objective, self.model, self.calibration)
         dense_entropy = reference = self._entropy(objective)
         keep: dict[str, list[int]] = {}
         probes: dict[str, list[Probe]] = {}
         with ExitStack() as pruned:
             steps = bar(
-                range(len(self.mlps) * self.steps), description="search", progress=self.progress
+                range(len(self._sites) * self.steps), description="search", progress=self.progress
             )
-            for mlp in reversed(self.mlps):
-                order = ranking[mlp] if ranking else self._rank([mlp])[mlp]
+            for site in self._sites:
+                order = ranking[site] if ranking else self._rank([site])[site]
 
-                def entropy(width: int, mlp: MLP = mlp, order: list[int] = order) -> float:
-                    with narrowed(self.DG, mlp, order[:width]):
+                def entropy(width: int, site: Site = site, order: list[int] = order) -> float:
+                    with narrowed(self.DG, site, order[:width]):
                         value = self._entropy(objective)
                     steps.update()
                     return value
 
-                minimum = max(self.min_width, math.ceil(mlp.width * (1 - self.max_pruning_ratio)))
                 tried = search_width(
                     entropy,
-                    mlp.width,
+                    site.width,
                     reference=reference,
                     max_increase=self.max_increase,
                     steps=self.steps,
-                    minimum=minimum,
-                    round_to=self.round_to,
+                    minimum=self._minimum(site),
+                    round_to=self.round_to if isinstance(site, MLP) else 1,
                 )
                 best = accepted(tried)
-                kept = sorted(order[: best.width]) if best else list(range(mlp.width))
+                kept = sorted(order[: best.width]) if best else list(range(site.width))
                 if best:
                     reference = best.entropy
-                    pruned.enter_context(narrowed(self.DG, mlp, kept))
-                self._report(mlp, tried, minimum)
-                keep[mlp.down], probes[mlp.down] = kept, tried
+                    pruned.enter_context(narrowed(self.DG, site, kept))
+                self._report(site, tried)
+                keep[site.down], probes[site.down] = kept, tried
             steps.close()
-        if all(len(keep[mlp.down]) == mlp.width for mlp in self.mlps):
+        if all(len(keep[site.down]) == site.width for site in self._sites):
             logger.warning(
                 "nothing is pruned: no width of any MLP keeps the entropy within %g nats of the "
                 "dense model's; raise max_increase or steps",
                 self.max_increase,
             )
-        names = [mlp.down for mlp in self.mlps]
+        widths = {mlp.down: mlp.width for mlp in self.mlps}
+        widths |= {attention.down: attention.width for attention in self.attentions}
         return PruningPlan(
-            {name: keep[name] for name in names},
-            {mlp.down: mlp.width for mlp in self.mlps},
-            {name: probes[name] for name in names},
+            {name: keep[name] for name in widths},
+            widths,
+            {name: probes[name] for name in widths},
             dense_entropy,
         )
 
-    def _rank(self, mlps: list[MLP]) -> dict[MLP, list[int]]:
+    def _minimum(self, site: Site) -> int:
+        """The smallest width to try."""
+        smallest: int = self.min_width if isinstance(site, MLP) else 1
+        kept: int = math.ceil(site.width * (1 - self.max_pruning_ratio))
+        return max(smallest, kept)
+
+    def _rank(self, sites: list[Site]) -> dict[Site, list[int]]:
         if isinstance(self.importance, EntropyTaylorImportance):
-            downs = [mlp.down for mlp in mlps]
+            downs = [site.down for site in sites]
             self.importance.refresh(self.model, downs, progress=self.progress)
-        return {mlp: rank_channels(self.importance, self.DG, mlp) for mlp in reversed(mlps)}
+        return {site: rank_channels(self.importance, self.DG, site) for site in sites}
 
     def _entropy(self, objective: Objective) -> float:
         return mean_objective(self.model, self.calibration, objective)
 
-    def _report(self, mlp: MLP, probes: list[Probe], minimum: int) -> None:
+    def _report(self, site: Site, probes: list[Probe]) -> None:
         best = accepted(probes)
         if best:
             logger.info(
-                "%s: %d of %d channels, entropy %.4f", mlp.down, best.width, mlp.width, best.entropy
+                "%s: %d of %d %s, entropy %.4f",
+                site.down,
+                best.width,
+                site.width,
+                site.units,
+                best.entropy,
             )
         else:
             logger.warning(
-                "%s keeps all %d channels: of %d widths tried from %d up, none was within %g nats",
-                mlp.down,
-                mlp.width,
+                "%s keeps all %d %s: of %d widths tried from %d up, none was within %g nats",
+                site.down,
+                site.width,
+                site.units,
                 len(probes),
-                minimum,
+                self._minimum(site),
                 self.max_increase,
             )
 
@@ -247,18 +277,17 @@ def _check_arguments(
         )
 
 
-def _without_ignored(model: nn.Module, mlps: list[MLP], ignored: list[nn.Module]) -> list[MLP]:
-    if not mlps:
-        raise ValueError(
-            f"no MLP was found in {type(model).__name__}; set the log level of 'tp_amp' to DEBUG "
-            "to see why each layer starts none"
-        )
+def _without_ignored(model: nn.Module, sites: list[Any], ignored: list[nn.Module]) -> list[Any]:
     left = []
-    for mlp in mlps:
-        if any(model.get_submodule(name) in ignored for name in (*mlp.up, mlp.down)):
-            logger.info("%s is not pruned: it is among the ignored layers", mlp.name)
+    if not sites:
+        raise ValueError(
+            f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer why"
+        )
+    for site in sites:
+        if any(model.get_submodule(name) in ignored for name in (*site.up, site.down)):
+            logger.info("%s is not pruned: it is among the ignored layers", site.name)
         else:
-            left.append(mlp)
+            left.append(site)
     if not left:
-        raise ValueError(f"all {len(mlps)} MLPs are among the ignored layers")
+        raise ValueError(f"all {len(sites)} {type(sites[0]).__name__}s are ignored layers")
     return left
