@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import timm
@@ -101,3 +102,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in (header, *rows)
     )
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and standard deviation where there is more than one value, in percent."""
+    text = f"{100 * mean(values):{sign}.1f}"
+    return f"{text} ±{100 * stdev(values):.1f}" if len(values) > 1 else text

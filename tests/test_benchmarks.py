@@ -1,16 +1,27 @@
+import copy
 import io
 import json
 import sys
 
 import cifar
 import criteria
+import criteria_plot
+import dimap
+import importances
+import measuring
 import pyarrow
 import pyarrow.parquet
 import pytest
 import reference
+import removing
+import scipy.linalg
 import torch
 import train_reference
 from PIL import Image
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+
+import tp_amp
 
 TRAIN, TEST = 24, 40
 
@@ -118,34 +129,73 @@ def test_criteria(name, layout, tmp_path, capsys):
     assert record["dense"]["accuracy"] == pytest.approx((expected == dense).float().mean().item())
     curves = {n: c["accuracy"]["0.5"] for n, c in record["equal_widths"]["criteria"].items()}
     assert curves["Magnitude L2"] == [1.0]
-    assert curves["LAMP"] == [1.0]
+    assert curves["LAMP"] == curves["DIMAP"] == [1.0]
+    assert len(curves["GramSchmidt"]) == 1
     assert len(curves["EntropyTaylor, prediction"]) == 2
     assert max(curves["Random"]) < 1
+    merged = criteria_plot.merge_equal(record["equal_widths"]["criteria"])
+    assert any({"DIMAP", "LAMP", "Magnitude L2"} <= {*names} for names in merged)
+    assert sum(map(len, merged)) == len(curves)
     size = record["equal_widths"]["sizes"]["0.5"]
     assert size["kept"] == pytest.approx(0.5, abs=0.01)
     assert size["macs"] < record["dense"]["macs"]
-    for run in record["searched_widths"]["0.1"]:
-        at = run["criteria"]["EntropyTaylor, prediction"]["searched widths"]
-        assert at == run["accuracy"]
+    check_searched(record)
     assert (tmp_path / "out" / f"criteria_{name}.png").stat().st_size > 0
     assert "±" in capsys.readouterr().out
+
+
+def check_searched(record):
+    searched = record["searched_widths"]
+    ranking = "EntropyTaylor, prediction"
+    assert [run["seed"] for run in searched[ranking]["0.1"]] == [0, 1]
+    for run in searched[ranking]["0.1"]:
+        assert run["criteria"][ranking]["searched"] == run["accuracy"]
+        assert {*run["criteria"]} == {*record["equal_widths"]["criteria"]}
+    assert [run["seed"] for run in searched["GramSchmidt"]["0.1"]] == [0, 1]
+    assert all(0 < run["kept"] < 1 for run in searched["GramSchmidt"]["0.1"])
+
+
+def macs_of_cut(model, widths):
+    plan = tp_amp.PruningPlan({name: list(range(width)) for name, width in widths.items()})
+    model = copy.deepcopy(model)
+    tp_amp.apply_plan(model, torch.zeros(1, 3, 32, 32), plan)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32))
+    return counter.get_total_flops() / 2
+
+
+def test_equal_widths_of_the_same_macs():
+    model = random_reference("swin")
+    bench = measuring.Bench(model, torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))
+    uneven = {mlp.down: mlp.width // (2 + i) for i, mlp in enumerate(bench.mlps)}
+    equal = bench.widths_of_macs(bench.size(uneven)["macs"])
+    shares = [equal[mlp.down] / mlp.width for mlp in bench.mlps]
+    assert max(shares) - min(shares) <= 1 / 192, "the narrowest MLP has 192 channels"
+    step = macs_of_cut(model, bench.widths(1)) / 192
+    assert macs_of_cut(model, equal) == pytest.approx(macs_of_cut(model, uneven), abs=step)
+    same = bench.widths(bench.size(uneven)["kept"])
+    assert macs_of_cut(model, same) != pytest.approx(macs_of_cut(model, uneven), abs=step)
 
 
 def test_criteria_leave_the_model_as_it_was():
     model = random_reference("vit")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = random_images(4, 0), random_labels(4, 0)
-    bench = criteria.Bench(model, cifar.normalize(images), labels)
+    bench = measuring.Bench(model, cifar.normalize(images), labels)
     orders = {
         name: bench.rank(criterion, [(cifar.normalize(images), labels)], 0)
-        for name, criterion in criteria.all_criteria(2).items()
+        for name, criterion in importances.all_criteria(2).items()
     }
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(hasattr(module, "_importance") for module in model.modules())
     for order in orders.values():
         assert all(sorted(channels) == list(range(512)) for channels in order.values())
-    assert orders["LAMP"] == orders["Magnitude L2"] != orders["Magnitude L1"]
+    assert orders["LAMP"] == orders["DIMAP"] == orders["Magnitude L2"] != orders["Magnitude L1"]
+    for name, order in orders["GramSchmidt"].items():
+        rows = model.get_submodule(name.replace("fc2", "fc1")).weight.detach().double()
+        pivots = scipy.linalg.qr(rows.T.numpy(), mode="r", pivoting=True)[1]
+        assert order[: rows.shape[1]] == pivots[: rows.shape[1]].tolist()
 
 
 def test_hessian_of_all_images_is_the_mean_of_squared_gradients():
@@ -156,8 +206,8 @@ def test_hessian_of_all_images_is_the_mean_of_squared_gradients():
     for i in range(3):
         loss = torch.nn.functional.cross_entropy(model(images[i : i + 1]), labels[i : i + 1])
         squares += torch.autograd.grad(loss, layer.weight)[0].square() / 3
-    kind = criteria.HessianOfAllImages
-    importance = criteria.collect_hessian(kind, 3, model, [(images, labels)])
+    kind = importances.HessianOfAllImages
+    importance = importances.collect_hessian(kind, 3, model, [(images, labels)])
     found = importance._accu_grad[layer.weight] / importance._counter[layer.weight]
     torch.testing.assert_close(found, squares)
 
@@ -189,3 +239,122 @@ def test_training_resumed_equals_training_at_one_go(tmp_path, monkeypatch):
     resumed = train(tmp_path / "resumed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def uniformly_sparse(model, sparsity):
+    """PyTorch's own magnitude pruning of every Linear in the blocks."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if name.endswith(("qkv", "attn.proj", "fc1", "fc2")):
+            prune.l1_unstructured(module, "weight", sparsity)
+            prune.remove(module, "weight")
+    return model
+
+
+def check_structured(found, model):
+    dense = found["dense"]
+    assert dense["parameters"] == sum(p.numel() for p in model.parameters())
+    assert dense["kept"] == {"attention": 1, "mlp": 1}
+    for part, tolerance in {"attention and MLPs": 0.005, "attention": 0.02, "MLPs": 0.005}.items():
+        cut = found["parts"][part]["0.5"]
+        for entry in cut.values():
+            assert entry["macs"] < dense["macs"]
+            assert entry["parameters"] == pytest.approx(cut["DIMAP"]["parameters"], rel=tolerance)
+            assert (entry["kept"]["attention"] == 1) == (part == "MLPs")
+            assert (entry["kept"]["mlp"] == 1) == (part == "attention")
+
+
+@pytest.mark.slow
+def test_dimap(tmp_path, capsys):
+    models = {name: random_reference(name) for name in reference.ARCHITECTURES}
+    for name, model in models.items():
+        reference.save_reference(model, name, {}, tmp_path)
+    images = random_images(TEST, 1)
+    with torch.no_grad():
+        expected = uniformly_sparse(models["swin"], 0.4)(cifar.normalize(images)).argmax(-1)
+    write_parquet(tmp_path / "data", "test", images, expected)
+
+    options = ["--shares", "0.5", "--ratios", "0.4", "--draws", "2", "--test-images", "20"]
+    paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
+    dimap.main([*options, *map(str, paths)])
+
+    record = json.loads((tmp_path / "out" / "dimap.json").read_text())
+    masked = record["unstructured"]["swin"]["ratios"]["0.4"]
+    assert masked["uniform magnitude"]["accuracy"] == [1.0, 1.0]
+    assert max(masked["DIMAP"]["accuracy"]) < 1
+    prunable = record["unstructured"]["swin"]["prunable"]
+    for entry in masked.values():
+        assert entry["removed"] == pytest.approx(0.4 * prunable, abs=32)
+    check_structured(record["structured"], models["swin"])
+    assert "DIMAP ahead by" in capsys.readouterr().out
+
+
+def test_draws_of_test_images_share_none(tmp_path):
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
+    write_parquet(tmp_path, "test", images, random_labels(12, 0))
+    draws = dimap.draw_test_images(tmp_path, 3, 4)
+    seen = [float(image.flatten()[0]) for drawn, _ in draws for image in drawn]
+    assert len({*seen}) == 12
+    with pytest.raises(ValueError, match="3 draws of 5 test images need more than 12"):
+        dimap.draw_test_images(tmp_path, 3, 5)
+
+
+def layer_widths(model):
+    blocks = [block for layer in model.layers for block in layer.blocks]
+    dimensions = [block.attn.proj.in_features // block.attn.num_heads for block in blocks]
+    return dimensions, [block.mlp.fc1.out_features for block in blocks]
+
+
+def test_uniform_cut_takes_the_same_share_of_each_layer():
+    dense = random_reference("swin")
+    dimensions, hidden = layer_widths(dense)
+    parameters = int(0.6 * sum(p.numel() for p in dense.parameters()))
+    model = removing.cut_uniformly(dense, (1, 1), parameters)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)
+    for widths, whole in zip(layer_widths(model), (dimensions, hidden), strict=True):
+        shares = [width / full for width, full in zip(widths, whole, strict=True)]
+        assert min(shares) > 0.5
+        assert max(shares) - min(shares) < 1 / 192
+        assert max(shares) < 0.7
+    untouched = ("norm", "patch_embed", "reduction", "head", "proj.bias", "fc2.bias", "table")
+    for name, value in model.state_dict().items():
+        if any(part in name for part in untouched):
+            assert torch.equal(value, dense.state_dict()[name]), name
+
+
+def test_one_threshold_is_torch_prunings_global_ranking():
+    dense = random_reference("swin")
+    parameters = int(0.7 * sum(p.numel() for p in dense.parameters()))
+    model = removing.cut_by_one_threshold(dense, parameters)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)
+    scores, kept = [], []
+    for before, after in zip(dense.modules(), model.modules(), strict=True):
+        if hasattr(before, "fc1"):
+            energy = before.fc1.weight.square().sum(1) + before.fc2.weight.square().sum(0)
+            ranked = energy.detach().sort().values
+            scores.append(ranked / ranked.flip(0).cumsum(0).flip(0))
+            kept.append(after.fc1.out_features)
+    threshold = min(score[-count] for score, count in zip(scores, kept, strict=True))
+    assert [int((score >= threshold).sum()) for score in scores] == kept
+
+
+def test_lamp_masks_of_one_module_are_dimaps():
+    model = random_reference("vit")
+    names = [f"blocks.{i}.attn.qkv" for i in range(6)]
+    expected = tp_amp.dimap_masks(model, 0.4)
+    for name, mask in removing.lamp_masks(model, names, 0.4).items():
+        assert int((mask != expected[name]).sum()) <= 2, "float32 can't tell a few apart"
+    uneven = removing.lamp_masks(model, list(expected), 0.4)
+    assert sum(int(mask.sum()) for mask in uneven.values()) == pytest.approx(0.6 * 1179648, abs=1)
+    shares = {name: float(mask.float().mean()) for name, mask in uneven.items()}
+    assert max(shares.values()) - min(shares.values()) > 0.01
+
+
+def test_zeroed_changes_a_copy():
+    model = random_reference("vit")
+    before = copy.deepcopy(model.state_dict())
+    masks = removing.uniform_masks(model, ["blocks.0.attn.qkv"], 0.25)
+    sparse = removing.zeroed(model, masks)
+    gone = sparse.blocks[0].attn.qkv.weight == 0
+    assert int(gone.sum()) == gone.numel() // 4
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
