@@ -43,6 +43,7 @@ _SIDES: dict[Any, Literal["in", "out"]] = {
     function.prune_linear_in_channels: "in",
     function.prune_conv_out_channels: "out",
     function.prune_conv_in_channels: "in",
+    function.prune_depthwise_conv_out_channels: "out",
 }
 
 

@@ -168,7 +168,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         """
         model = group._DG.model
         readers = {layer.name for layer in group_layers(group) if layer.side == "in"}
-        if self._layers is not None and readers <= set(self._layers):
+        if self._layers and readers and readers <= set(self._layers):
             self.refresh(model, self._layers)  # scores of other layers were never asked for
         else:
             self.refresh(model)
