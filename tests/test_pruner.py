@@ -481,3 +481,97 @@ def test_heads_that_cannot_be_cut_are_named() -> None:
     message = r"no attention of ToyViT can lose heads: blocks\.0: .*number of heads"
     with pytest.raises(ValueError, match=message):
         pruner_of(toy(), prune_num_heads=True)
+
+
+def duplicated() -> nn.Module:
+    """A toy whose hidden neurons come in pairs, so that half of them can be rebuilt exactly."""
+    model = toy()
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in (block.mlp.first.weight, block.mlp.first.bias):
+                parameter[10:] = parameter[:10]
+    return model
+
+
+@pytest.mark.parametrize("step", ["step", "interactive"])
+def test_compensation_is_that_of_compensate(step: str) -> None:
+    """What comes out is the plan applied and compensated by hand."""
+    model, fitting = duplicated(), [images(40, seed=5)]
+    dense = copy.deepcopy(model)
+    pruner = pruner_of(model, max_increase=0.05, compensation="affine", compensation_data=fitting)
+    if step == "step":
+        pruner.step()
+    else:
+        for group in pruner.step(interactive=True):
+            group.prune()
+    assert any(len(kept) < 20 for kept in pruner.plan.keep.values())
+    assert pruner.corrections.keys() == {
+        name for name, kept in pruner.plan.keep.items() if len(kept) < 20
+    }
+    expected = copy.deepcopy(dense)
+    tp_amp.compensate(expected, pruner.plan, fitting, progress=False)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_widths_are_judged_after_compensation() -> None:
+    """Neurons in pairs: with compensation half of them cost nothing, without they do."""
+    found = {}
+    for method in ("none", "affine"):
+        pruner = pruner_of(
+            duplicated(),
+            importance=lambda group: torch.arange(20.0, 0, -1),
+            max_increase=1e-5,
+            compensation=method,
+            compensation_data=[images(40, seed=5)],
+        )
+        pruner.step()
+        found[method] = pruner.plan
+    last = found["affine"].probes["blocks.1.mlp.second"]
+    assert [probe.accepted for probe in last if probe.width >= 10] == [True] * len(
+        [probe for probe in last if probe.width >= 10]
+    )
+    assert last[0].entropy == pytest.approx(found["affine"].dense_entropy, abs=1e-5)
+    assert found["none"].probes["blocks.1.mlp.second"][0].entropy != pytest.approx(
+        found["none"].dense_entropy, abs=1e-5
+    )
+
+
+def test_no_compensation_leaves_the_kept_weights_alone() -> None:
+    model = toy()
+    dense = copy.deepcopy(model)
+    pruner = pruner_of(model, max_increase=10.0)
+    pruner.step()
+    assert pruner.corrections == {}
+    tp_amp.apply_plan(dense, images(1), pruner.plan)
+    for one, other in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("target", [{"params": 0.8}, {"macs": 0.8}])
+def test_target_is_met(target: dict[str, float]) -> None:
+    model = toy(hidden=40)
+    dense = tp_amp.inspect(model, images(1)).shares["total"]
+    pruner = pruner_of(model, target=target)
+    pruner.step()
+    reached = tp_amp.inspect(model, images(1)).shares["total"]
+    shares = {"params": reached.parameters / dense.parameters, "macs": reached.macs / dense.macs}
+    [(kind, amount)] = target.items()
+    assert 0.5 * amount < shares[kind] <= amount
+    assert pruner.max_increase > 0
+
+
+def test_target_out_of_reach_raises_and_leaves_the_model() -> None:
+    model = toy()
+    pruner = pruner_of(model, target={"params": 0.1})
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"can't be met: reachable are .* to 1"):
+        pruner.step()
+    assert fingerprint(model) == before
+
+
+def test_bad_compensation_raises() -> None:
+    with pytest.raises(ValueError, match="compensation must be one of"):
+        pruner_of(toy(), compensation="ridge")
+    with pytest.raises(TypeError, match="found a one-shot list_iterator"):
+        pruner_of(toy(), compensation="affine", compensation_data=iter([images()]))

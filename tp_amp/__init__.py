@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tp_amp.allocation import plan_for_target as plan_for_target
     from tp_amp.attention import find_attentions as find_attentions
     from tp_amp.batches import split_batches as split_batches
     from tp_amp.dimap import DIMAPImportance as DIMAPImportance
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from tp_amp.plan import apply_plan as apply_plan
     from tp_amp.plan import plan_from_importance as plan_from_importance
     from tp_amp.pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
+    from tp_amp.rebuild import compensate as compensate
+    from tp_amp.reconstruction import ReconstructionImportance as ReconstructionImportance
+    from tp_amp.reconstruction import reconstruction_order as reconstruction_order
+    from tp_amp.refit import Recipe as Recipe
     from tp_amp.widths import mlp_ratio_widths as mlp_ratio_widths
     from tp_amp.widths import pruning_ratio_dict as pruning_ratio_dict
 
@@ -37,7 +42,10 @@ _MODULES = {
     "GramSchmidtImportance": "gram_schmidt",
     "Inspection": "inspection",
     "PruningPlan": "plan",
+    "Recipe": "refit",
+    "ReconstructionImportance": "reconstruction",
     "apply_plan": "plan",
+    "compensate": "rebuild",
     "dimap_masks": "dimap",
     "dimap_scopes": "dimap",
     "dimap_sparsify": "dimap",
@@ -46,8 +54,10 @@ _MODULES = {
     "gram_schmidt_order": "gram_schmidt",
     "inspect": "inspection",
     "mlp_ratio_widths": "widths",
+    "plan_for_target": "allocation",
     "plan_from_importance": "plan",
     "pruning_ratio_dict": "widths",
+    "reconstruction_order": "reconstruction",
     "split_batches": "batches",
 }
 __all__ = list(_MODULES)

@@ -124,28 +124,30 @@ def inspect(
 def _macs(
     model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
 ) -> dict[str, float]:
-    """Multiply-accumulates of each module, those of its children included."""
-
-    def count(inputs: Inputs) -> dict[str, float]:
-        raw = inputs.kwargs or inputs.args
-        run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
-        counter = FlopCounterMode(display=False)
-        # With gradients, since nn.MultiheadAttention goes a fused way without, which isn't counted.
-        with torch.enable_grad(), evaluating(model, trainable=True), exposing(model), counter:
-            inputs.call(run)
-        top = type(model).__name__
-        return {
-            name.removeprefix(top).removeprefix("."): sum(counts.values()) / 2
-            for name, counts in counter.flop_counts.items()
-            if name != "Global"
-        }
-
     try:
         with on_meta(model):
-            return count(inputs.to("meta"))
+            return count_macs(model, inputs.to("meta"), forward_fn)
     except Exception as error:
         logger.debug("the model fails on the meta device: %s", error)
-        return count(inputs)
+        return count_macs(model, inputs, forward_fn)
+
+
+def count_macs(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+) -> dict[str, float]:
+    """Multiply-accumulates of each module on some inputs, those of its children included."""
+    raw = inputs.kwargs or inputs.args
+    run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
+    counter = FlopCounterMode(display=False)
+    # With gradients, since nn.MultiheadAttention goes a fused way without, which isn't counted.
+    with torch.enable_grad(), evaluating(model, trainable=True), exposing(model), counter:
+        inputs.call(run)
+    top = type(model).__name__
+    return {
+        name.removeprefix(top).removeprefix("."): sum(counts.values()) / 2
+        for name, counts in counter.flop_counts.items()
+        if name != "Global"
+    }
 
 
 def _shares(

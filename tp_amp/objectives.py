@@ -43,13 +43,18 @@ def similarity_entropy(features: Tensor, temperature: float = 1 / 15) -> Tensor:
     Raises:
         ValueError: the batch holds fewer than two images.
     """
+    return prediction_entropy(similarity_logits(features, temperature))
+
+
+def similarity_logits(features: Tensor, temperature: float) -> Tensor:
+    """Cosine similarities of the images of a batch over the temperature, `(images, images)`."""
     if len(features) < 2:
         raise ValueError(
             "the similarity objective compares the images of a batch and found a batch of "
             f"{len(features)}; use larger batches, and drop_last=True for a last batch of one"
         )
     unit = nn.functional.normalize(_wide(features), dim=-1)
-    return prediction_entropy(unit @ unit.T / temperature)
+    return unit @ unit.T / temperature
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -107,6 +112,14 @@ class Objective:
                 "and the model's precision"
             )
         return value
+
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
+        """Run the model and return what the softmax is taken of; None for a callable's output."""
+        if callable(self.kind):
+            return None
+        if self.kind == "similarity":
+            return similarity_logits(pooled_features(model, inputs), self.temperature)
+        return _logits(inputs.call(model))
 
     def of_output(self, output: Any) -> Tensor:
         """Return the objective of an output that is already there (`auto` takes it for logits)."""

@@ -121,6 +121,19 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None
         64
     """
     traced = build_graph(model, example_inputs)
+    for name, site in planned_sites(model, example_inputs, traced, plan).items():
+        for group in cut(traced.graph, site, plan.keep[name]):
+            group.prune()
+
+
+def planned_sites(
+    model: nn.Module, example_inputs: Any, traced: TracedGraph, plan: PruningPlan
+) -> dict[str, Site]:
+    """Find what a plan names, and check that it fits.
+
+    Raises:
+        ValueError: as `apply_plan`.
+    """
     sites = find_sites(model, example_inputs, traced, plan.keep)
     for name, kept in plan.keep.items():
         width = sites[name].width
@@ -134,9 +147,7 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None
                 f"the plan's kept {sites[name].units} of {name} must be distinct and within "
                 f"0..{width - 1}"
             )
-    for name, kept in plan.keep.items():
-        for group in cut(traced.graph, sites[name], kept):
-            group.prune()
+    return {name: sites[name] for name in plan.keep}
 
 
 def find_sites(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -15,16 +14,20 @@ from torch import Tensor, nn
 from torch_pruning import dependency
 
 from tp_amp._state import check_finite
+from tp_amp.adaptive import Compensator, Found, WidthSearch
 from tp_amp.attention import find_attentions
-from tp_amp.batches import bar, check_batches
-from tp_amp.cutting import Site, cut, narrowed
+from tp_amp.batches import check_batches, example
+from tp_amp.budget import Budget
+from tp_amp.compensation import Correction, Method
+from tp_amp.cutting import Site, cut
 from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
-from tp_amp.search import Probe, accepted, search_width
+from tp_amp.refit import Recipe, apply, fit
+from tp_amp.search import Probe, accepted
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     which the entropy over the calibration images is at most `max_increase` above that of the last
     accepted model. Neurons are ranked once, on the dense model. Nothing else is pruned, and
     Torch-Pruning enumerates no other group.
+
+    With `compensation` each width is judged after what was cut is rebuilt from what is kept, in
+    closed form; when all widths are found, one pass from the first layer to the last fits every
+    layer again on the model as cut. With `target` the tolerance is found that meets a size.
 
     With `prune_num_heads` the attentions follow, from the last to the first, with heads for
     channels. That is an argument and no pruner of its own, because the search, the model as cut
@@ -51,6 +58,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         objective: as for `EntropyTaylorImportance`; by default the importance's own, else
             `"auto"`.
         max_increase: allowed increase of the entropy for each MLP, in nats.
+        target: size to prune to instead, `{"params": 0.6}` or `{"macs": 0.6}`: a fraction of the
+            dense model, or above 1 an absolute number. Then `max_increase` is where the bisection
+            for the tolerance starts, and each MLP is allowed its share of it by what it costs.
+        compensation: `"none"`, `"mean"`, `"affine"`, or a `Recipe` with further settings; see
+            `compensate`.
+        compensation_data: batches that the compensation is fitted on; by default the importance's
+            `data`, else the calibration batches, on which the search then flatters itself a bit.
         steps: widths tried for each MLP at most.
         rescore: rank the neurons of each MLP again on the model as cut so far.
         prune_num_heads: search the number of heads of each attention too, as Torch-Pruning calls
@@ -68,11 +82,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         mlps: the MLPs it prunes, in the order of the forward pass.
         attentions: the attentions it prunes; none without `prune_num_heads`.
         plan: after `step`, names, kept channels, widths, and the entropy at every probe.
+        corrections: after `step`, what compensation adds to each cut layer, by `down`.
 
     Raises:
         ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
-            argument is out of range, or weights are not finite.
-        TypeError: `calibration` can be read only once.
+            argument is out of range, weights are not finite, or `step` can't meet the target.
+        TypeError: `calibration` or `compensation_data` can be read only once.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -87,6 +102,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     """
 
     plan: PruningPlan
+    corrections: dict[str, Correction]
 
     def __init__(
         self,
@@ -97,6 +113,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         *,
         objective: str | Callable[[Any], Tensor] | None = None,
         max_increase: float = 1e-2,
+        target: Mapping[str, float] | None = None,
+        compensation: Method | Recipe = "none",
+        compensation_data: Iterable[Any] | None = None,
         steps: int = 6,
         rescore: bool = False,
         prune_num_heads: bool = False,
@@ -119,6 +138,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             )
         if rescore and isinstance(importance, EntropyTaylorImportance) and importance.data is None:
             raise ValueError("rescore=True needs EntropyTaylorImportance(data=...) to score again")
+        self.recipe = compensation if isinstance(compensation, Recipe) else Recipe(compensation)
+        if compensation_data is not None:
+            check_batches(compensation_data, repeatable=True)
+        data = getattr(importance, "data", None) if compensation_data is None else compensation_data
+        self.compensation_data = calibration if data is None else data
         check_finite(model)
         own_pruners = dict(customized_pruners or {})
 
@@ -154,6 +178,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             self.attentions = _without_ignored(model, found, self.ignored_layers)
         # In the order of the search.
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
+        self.budget: Budget | None = None
+        if target is not None:
+            inputs = example(example_inputs)
+            self.budget = Budget(target, model, self.DG, self._sites, inputs)
         self.calibration = calibration
         if objective is None and isinstance(importance, EntropyTaylorImportance):
             self.objective = importance.objective
@@ -167,48 +195,43 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             logger.warning("the model was pruned by step() before; nothing more is pruned")
             return
         self.plan = self._search()
+        self.corrections = fit(
+            self.DG,
+            self._sites,
+            self.plan.keep,
+            self.compensation_data,
+            self.recipe,
+            progress=self.progress,
+        )
         for site in self._sites:
-            yield from cut(self.DG, site, self.plan.keep[site.down])
+            for group in cut(self.DG, site, self.plan.keep[site.down]):
+                yield group
+                if site.down in self.corrections:
+                    down = self.model.get_submodule(site.down)
+                    apply(down, site, self.corrections[site.down])
 
     @torch.no_grad()
     def _search(self) -> PruningPlan:
         """Find every width; whatever happens, the model is afterwards as it was."""
+        # The order of these calls is that of the draws of a loader that shuffles.
         ranking = {} if self.rescore else self._rank(self._sites)
         objective = resolve_on(self.objective, self.model, self.calibration)
-        dense_entropy = reference = self._entropy(objective)
-        keep: dict[str, list[int]] = {}
-        probes: dict[str, list[Probe]] = {}
-        with ExitStack() as pruned:
-            steps = bar(
-                range(len(self._sites) * self.steps), description="search", progress=self.progress
-            )
-            for site in self._sites:
-                order = ranking[site] if ranking else self._rank([site])[site]
-
-                def entropy(width: int, site: Site = site, order: list[int] = order) -> float:
-                    with narrowed(self.DG, site, order[:width]):
-                        value = self._entropy(objective)
-                    steps.update()
-                    return value
-
-                tried = search_width(
-                    entropy,
-                    site.width,
-                    reference=reference,
-                    max_increase=self.max_increase,
-                    steps=self.steps,
-                    minimum=self._minimum(site),
-                    round_to=self.round_to if isinstance(site, MLP) else 1,
-                )
-                best = accepted(tried)
-                kept = sorted(order[: best.width]) if best else list(range(site.width))
-                if best:
-                    reference = best.entropy
-                    pruned.enter_context(narrowed(self.DG, site, kept))
-                self._report(site, tried)
-                keep[site.down], probes[site.down] = kept, tried
-            steps.close()
-        if all(len(keep[site.down]) == site.width for site in self._sites):
+        search = WidthSearch(
+            self.DG,
+            self._sites,
+            ranking,
+            self._rank,
+            lambda: mean_objective(self.model, self.calibration, objective),
+            minimum=self._minimum,
+            round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
+            steps=self.steps,
+            compensator=Compensator(self.DG, self.compensation_data, self.recipe),
+            progress=self.progress,
+        )
+        found = self._meet(search) if self.budget else search.run(self._tolerances())
+        for site in self._sites:
+            self._report(site, found.probes[site.down])
+        if all(len(found.keep[site.down]) == site.width for site in self._sites):
             logger.warning(
                 "nothing is pruned: no width of any MLP keeps the entropy within %g nats of the "
                 "dense model's; raise max_increase or steps",
@@ -217,11 +240,27 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         widths = {mlp.down: mlp.width for mlp in self.mlps}
         widths |= {attention.down: attention.width for attention in self.attentions}
         return PruningPlan(
-            {name: keep[name] for name in widths},
+            {name: found.keep[name] for name in widths},
             widths,
-            {name: probes[name] for name in widths},
-            dense_entropy,
+            {name: found.probes[name] for name in widths},
+            search.dense_entropy,
         )
+
+    def _tolerances(self) -> dict[str, float]:
+        return {site.down: self.max_increase for site in self._sites}
+
+    def _meet(self, search: WidthSearch) -> Found:
+        """Search with the tolerance that meets the target."""
+        budget: Any = self.budget
+        budget.check(search.smallest())
+        runs: dict[float, Found] = {}
+
+        def widths_at(increase: float) -> dict[str, int]:
+            runs[increase] = search.run(budget.tolerances(increase))
+            return {name: len(kept) for name, kept in runs[increase].keep.items()}
+
+        self.max_increase = budget.meet(widths_at, self.max_increase or 1e-2)
+        return runs[self.max_increase]
 
     def _minimum(self, site: Site) -> int:
         """The smallest width to try."""
@@ -229,14 +268,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         kept: int = math.ceil(site.width * (1 - self.max_pruning_ratio))
         return max(smallest, kept)
 
-    def _rank(self, sites: list[Site]) -> dict[Site, list[int]]:
+    def _rank(self, sites: Sequence[Site]) -> dict[Site, list[int]]:
         if isinstance(self.importance, EntropyTaylorImportance):
             downs = [site.down for site in sites]
             self.importance.refresh(self.model, downs, progress=self.progress)
         return {site: rank_channels(self.importance, self.DG, site) for site in sites}
-
-    def _entropy(self, objective: Objective) -> float:
-        return mean_objective(self.model, self.calibration, objective)
 
     def _report(self, site: Site, probes: list[Probe]) -> None:
         best = accepted(probes)

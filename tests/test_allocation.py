@@ -1,0 +1,103 @@
+"""Widths for a target against a brute force over all widths, and against real models' sizes."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+from toys import fingerprint, images, perturbed, toy
+from zoo import SWIN_HEADS, TINY
+
+import tp_amp
+from tp_amp.allocation import allocate
+
+
+def convex_errors(width: int, seed: int) -> torch.Tensor:
+    """Falling ever more slowly, down to nothing."""
+    steps = torch.rand(width, generator=torch.Generator().manual_seed(seed)).sort().values
+    return torch.cat([steps.cumsum(0).flip(0), torch.zeros(1)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_convex_errors_are_allocated_as_by_brute_force(seed: int) -> None:
+    errors = {name: convex_errors(6, 10 * seed + i) for i, name in enumerate("abc")}
+    units = {"a": 1.0, "b": 1.0, "c": 1.0}
+    for budget in (3, 7, 12, 18):
+        found = allocate(errors, units, budget)
+        best = min(
+            sum(float(errors[n][w]) for n, w in zip("abc", widths, strict=True))
+            for widths in itertools.product(range(1, 7), repeat=3)
+            if sum(widths) <= budget
+        )
+        assert sum(found.values()) <= budget
+        assert sum(float(errors[n][w]) for n, w in found.items()) == pytest.approx(best)
+
+
+def test_expensive_channels_go_first() -> None:
+    errors = {"cheap": convex_errors(8, 1), "dear": convex_errors(8, 1)}
+    found = allocate(errors, {"cheap": 1.0, "dear": 4.0}, budget=20)
+    assert found["cheap"] > found["dear"]
+    assert found["cheap"] + 4 * found["dear"] <= 20
+
+
+def test_widths_are_multiples_or_dense() -> None:
+    errors = {"a": convex_errors(10, 1), "b": convex_errors(12, 2)}
+    for budget in (8, 12, 20, 22):
+        found = allocate(errors, {"a": 1.0, "b": 1.0}, budget, round_to=4)
+        assert found["a"] in (4, 8, 10)
+        assert found["b"] in (4, 8, 12)
+
+
+def test_budget_below_the_smallest_widths_raises() -> None:
+    with pytest.raises(ValueError, match="a budget of 1 can't be met: the smallest widths cost 2"):
+        allocate({"a": convex_errors(3, 1), "b": convex_errors(3, 2)}, {"a": 1.0, "b": 1.0}, 1)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("target", [{"params": 0.7}, {"macs": 0.8}])
+def test_the_target_is_met_closely(family: str, target: dict[str, float]) -> None:
+    name, arguments, size = {
+        "vit": ("vit_tiny_patch16_224", {**TINY, "img_size": 32}, 32),
+        "swin": ("swin_tiny_patch4_window7_224", SWIN_HEADS, 64),
+    }[family]
+    model = perturbed(timm.create_model(name, num_classes=10, **arguments))
+    inputs = images(4, size=size, channels=3)
+    importance = tp_amp.ReconstructionImportance("prediction", data=[inputs])
+    before = fingerprint(model)
+    dense = tp_amp.inspect(model, inputs[:1]).shares["total"]
+    plan = tp_amp.plan_for_target(model, inputs[:1], importance, target)
+    assert fingerprint(model) == before
+    tp_amp.apply_plan(model, inputs[:1], plan)
+    cut = tp_amp.inspect(model, inputs[:1]).shares["total"]
+    reached = {"params": cut.parameters / dense.parameters, "macs": cut.macs / dense.macs}
+    [(kind, amount)] = target.items()
+    assert 0.97 * amount < reached[kind] <= amount
+
+
+def test_absolute_target_and_ignored_layers() -> None:
+    model = toy()
+    importance = tp_amp.ReconstructionImportance("prediction", data=[images()])
+    amount = parameters(model) - 5 * 25  # 12 + 1 + 12 parameters for each channel
+    ignored = [model.blocks[0].mlp.second]
+    plan = tp_amp.plan_for_target(
+        model, images(1), importance, {"params": amount}, ignored_layers=ignored
+    )
+    assert plan.widths == {"blocks.1.mlp.second": 15}
+    order = importance.orders["blocks.1.mlp.second"][:15].tolist()
+    assert plan.keep["blocks.1.mlp.second"] == sorted(order)
+
+
+def test_target_out_of_reach_tells_the_range() -> None:
+    importance = tp_amp.ReconstructionImportance("prediction", data=[images()])
+    with pytest.raises(ValueError, match=r"can't be met: reachable are .* fractions 0\.\d+ to 1"):
+        tp_amp.plan_for_target(toy(), images(1), importance, {"params": 0.1})
+
+
+def test_importance_that_has_seen_nothing_raises() -> None:
+    importance = tp_amp.ReconstructionImportance()
+    with pytest.raises(ValueError, match=r"has not seen \['blocks\.0\.mlp\.second"):
+        tp_amp.plan_for_target(toy(), images(1), importance, {"params": 0.8})

@@ -1,0 +1,74 @@
+"""The sensitivity against gradients taken image by image, and label by label."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import fingerprint, images, toy
+
+from tp_amp.objectives import Objective
+from tp_amp.sensitivity import output_sensitivity
+
+LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
+
+
+def gradient_of(model: nn.Module, layer: str, image: Tensor, loss: object) -> Tensor:
+    """Gradient at a layer's output, `(tokens, outputs)`, for one image."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, a, out: kept.append(out))
+    value = loss(model(image[None]))
+    handle.remove()
+    return torch.autograd.grad(value, kept[0])[0][0].double()
+
+
+def test_a_callable_objective_gives_the_sum_of_outer_products() -> None:
+    model = toy()
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    before = fingerprint(model)
+    found = output_sensitivity(model, LAYERS, images().split(4), Objective(squares))
+    assert fingerprint(model) == before
+    for layer in LAYERS:
+        gradients = [gradient_of(model, layer, image, squares) for image in images()]
+        expected = sum(g.T @ g for g in gradients) / len(gradients)
+        assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_predictions_give_the_fisher_information() -> None:
+    """Labels are drawn from the model; over many draws that is the mean over all labels."""
+    model = toy()
+    model.head.weight.data *= 8  # so that labels differ in probability
+    few = images(4)
+    many = [few] * 500
+    found = output_sensitivity(model, LAYERS[1:], many, Objective("prediction"))[LAYERS[1]]
+    expected = torch.zeros(12, 12, dtype=torch.double)
+    for image in few:
+        p = model(image[None])[0].softmax(-1).detach()
+        for label, weight in enumerate(p.double()):
+            loss = lambda logits, label=label: -logits.log_softmax(-1)[0, label]  # noqa: E731
+            gradient = gradient_of(model, LAYERS[1], image, loss)
+            expected += weight * (gradient.T @ gradient) / len(few)
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_it_is_the_same_each_time() -> None:
+    model = toy()
+    once, again = (
+        output_sensitivity(model, LAYERS, images().split(3), Objective("similarity"))
+        for _ in range(2)
+    )
+    assert all(torch.equal(once[layer], again[layer]) for layer in LAYERS)
+
+
+def test_a_layer_that_does_not_matter_is_named() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x)
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"does not depend on \['unused'\]"):
+        output_sensitivity(
+            Unused(), ["used", "unused"], [torch.randn(5, 4)], Objective("prediction")
+        )

@@ -1,0 +1,197 @@
+"""AMP's search over all MLPs and attentions of a model, last to first, on the model as cut."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from tp_amp._state import evaluating, seeded
+from tp_amp.attention_adapt import exposing
+from tp_amp.batches import bar, stream
+from tp_amp.compensation import Correction, Moments
+from tp_amp.cutting import Site, narrowed
+from tp_amp.heads import Attention
+from tp_amp.reconstruction import hidden_moments
+from tp_amp.refit import Recipe, apply, corrected, watch
+from tp_amp.search import Probe, accepted, search_width
+
+logger = logging.getLogger(__name__)
+
+
+class Found:
+    """What a search found: kept channels or heads, and the probes, by `down`."""
+
+    def __init__(self) -> None:
+        self.keep: dict[str, list[int]] = {}
+        self.probes: dict[str, list[Probe]] = {}
+
+
+class WidthSearch:
+    """The search on one model, with entropies kept so that another tolerance costs less.
+
+    Args:
+        graph: the `tp.DependencyGraph`.
+        sites: in the order of the search.
+        ranking: the channels or heads of each site, the best first; empty to rank each again on
+            the model as cut so far.
+        rank: orders those of some sites on the model as it is.
+        entropy: of the model as it is (nats).
+        minimum: the smallest width of a site.
+        round_to: widths of a site are multiples of it.
+        steps: widths tried for each site at most.
+        compensator: corrects a cut layer before it is judged.
+        progress: show a progress bar on a terminal.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        sites: Sequence[Site],
+        ranking: dict[Site, list[int]],
+        rank: Callable[[Sequence[Site]], dict[Site, list[int]]],
+        entropy: Callable[[], float],
+        *,
+        minimum: Callable[[Site], int],
+        round_to: Callable[[Site], int],
+        steps: int,
+        compensator: Compensator,
+        progress: bool,
+    ) -> None:
+        self.graph, self.sites, self.rank = graph, sites, rank
+        self.minimum, self.round_to, self.steps = minimum, round_to, steps
+        self.compensator, self.progress = compensator, progress
+        self._entropy, self._ranking = entropy, ranking
+        self._known: dict[tuple[int, ...], float] = {}
+        self.dense_entropy = entropy()
+
+    def run(self, max_increase: Mapping[str, float]) -> Found:
+        """Find every width; whatever happens, the model is afterwards as it was.
+
+        Args:
+            max_increase: `down` -> allowed increase of the entropy (nats).
+        """
+        found, reference = Found(), self.dense_entropy
+        with ExitStack() as pruned:
+            bars = bar(
+                range(len(self.sites) * self.steps), description="search", progress=self.progress
+            )
+            for site in self.sites:
+                order = self._ranking[site] if self._ranking else self.rank([site])[site]
+                before = tuple(len(kept) for kept in found.keep.values())
+
+                def entropy(
+                    width: int,
+                    site: Site = site,
+                    order: list[int] = order,
+                    before: tuple[int, ...] = before,
+                ) -> float:
+                    bars.update()
+                    return self._probe(site, order[:width], (*before, width))
+
+                tried = search_width(
+                    entropy,
+                    site.width,
+                    reference=reference,
+                    max_increase=max_increase[site.down],
+                    steps=self.steps,
+                    minimum=self.minimum(site),
+                    round_to=self.round_to(site),
+                )
+                best = accepted(tried)
+                kept = sorted(order[: best.width]) if best else list(range(site.width))
+                if best:
+                    reference = best.entropy
+                    self._cut(pruned, site, kept)
+                found.keep[site.down], found.probes[site.down] = kept, tried
+            bars.close()
+        return found
+
+    def smallest(self) -> dict[str, int]:
+        """The widths if every probe were accepted."""
+        widths = {}
+        for site in self.sites:
+            tried = search_width(
+                lambda width: 0.0,
+                site.width,
+                reference=0.0,
+                max_increase=0.0,
+                steps=self.steps,
+                minimum=self.minimum(site),
+                round_to=self.round_to(site),
+            )
+            widths[site.down] = tried[-1].width if tried else site.width
+        return widths
+
+    def _probe(self, site: Site, kept: list[int], state: tuple[int, ...]) -> float:
+        """The entropy with a site cut, on the model as cut so far, which `state` tells."""
+        if state not in self._known:
+            with ExitStack() as stack:
+                self._cut(stack, site, sorted(kept))
+                self._known[state] = self._entropy()
+        return self._known[state]
+
+    def _cut(self, stack: ExitStack, site: Site, kept: list[int]) -> None:
+        correction = self.compensator.correction(site, kept)
+        stack.enter_context(narrowed(self.graph, site, kept))
+        if correction is not None:
+            apply(self.graph.model.get_submodule(site.down), site, correction)
+
+
+class Compensator:
+    """Corrects a cut layer before the search judges it, on the prefix as it is: dense.
+
+    The moments of a layer's input are collected once; every width is solved from them. Where a
+    norm stands before the layer, or where heads are cut, they are collected for each width.
+
+    Args:
+        graph: the `tp.DependencyGraph`.
+        batches: unlabelled images.
+        recipe: how to compensate.
+    """
+
+    def __init__(self, graph: Any, batches: Iterable[Any], recipe: Recipe) -> None:
+        self.graph, self.batches, self.recipe = graph, batches, recipe
+        self._moments: tuple[str, Moments] | None = None
+
+    def correction(self, site: Site, kept: list[int]) -> Correction | None:
+        """The correction of a site's `down` once only `kept` channels or heads are left."""
+        if len(kept) == site.width or self.recipe.method == "none":
+            return None
+        down: Any = self.graph.model.get_submodule(site.down)
+        if isinstance(site, Attention) or site.inner:
+            moments = self._measured(site, down, kept)
+        else:
+            first = site.first
+            moments = self._hidden(site).after_cut(
+                down.weight.detach().flatten(1)[:, first : first + site.width], kept
+            )
+        bias = down.bias is not None or self.recipe.add_bias
+        return corrected(site, moments, self.recipe, bias)
+
+    def _hidden(self, site: Site) -> Moments:
+        if self._moments is None or self._moments[0] != site.down:
+            collected = hidden_moments(
+                self.graph.model,
+                [site.down],
+                self.batches,
+                recipe=self.recipe,
+                progress=False,
+            )[site.down]
+            first = getattr(site, "first", 0)
+            self._moments = site.down, collected.part(first, first + site.width)
+        return self._moments[1]
+
+    def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
+        model: nn.Module = self.graph.model
+        moments = Moments()
+        with evaluating(model, trainable=False), exposing(model), seeded(0):
+            for batch in stream(self.batches, model, description="moments", progress=False):
+                (_, target), _ = watch(model, down, batch, stop=True)
+                with narrowed(self.graph, site, kept):
+                    (hidden, output), _ = watch(model, down, batch, stop=True)
+                moments.add(hidden, target - output)
+        return moments

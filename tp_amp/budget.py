@@ -1,0 +1,131 @@
+"""Sizes to prune to: what each channel or head costs, and the tolerance that meets a target."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tp_amp._state import on_meta
+from tp_amp.batches import Inputs
+from tp_amp.cutting import Site, narrowed
+from tp_amp.inspection import count_macs
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("params", "macs")
+# A search that comes that close below the target is taken.
+_CLOSE = 0.01
+_TRIALS = 12
+
+
+class Budget:
+    """How large a model may be, and how large it is at given widths.
+
+    Args:
+        target: `{"params": 0.6}` or `{"macs": 0.6}`: a fraction of the dense model up to 1, or an
+            absolute number above.
+        model: the dense model.
+        graph: its `tp.DependencyGraph`.
+        sites: what may be cut.
+        inputs: example inputs, on which MACs are counted.
+
+    Raises:
+        ValueError: the target is none of these.
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, float],
+        model: nn.Module,
+        graph: Any,
+        sites: Sequence[Site],
+        inputs: Inputs,
+    ) -> None:
+        if len(target) != 1 or not set(target) <= set(KINDS):
+            raise ValueError(f"target must name one of {KINDS}, found {dict(target)}")
+        [(self.kind, amount)] = target.items()
+        if not (math.isfinite(amount) and amount > 0):
+            raise ValueError(f"target must be a positive number, found {dict(target)}")
+        measure = _parameters if self.kind == "params" else _macs
+        self.dense, self.units = _costs(measure, model, graph, sites, inputs)
+        self.widths = {site.down: site.width for site in sites}
+        self.amount = amount * self.dense if amount <= 1 else amount
+
+    def cost(self, widths: Mapping[str, int]) -> float:
+        """Parameters or MACs of the model at given widths."""
+        return self.dense - math.fsum(
+            (self.widths[name] - width) * self.units[name] for name, width in widths.items()
+        )
+
+    def tolerances(self, increase: float) -> dict[str, float]:
+        """Allow each site an increase in proportion to what it costs, the mean site `increase`.
+
+        So MLPs that hold more of the model may cost more of the entropy.
+        """
+        costs = {name: self.units[name] * width for name, width in self.widths.items()}
+        mean = math.fsum(costs.values()) / len(costs)
+        return {name: increase * cost / mean for name, cost in costs.items()}
+
+    def check(self, smallest: Mapping[str, int]) -> None:
+        """Raise ValueError with the reachable range if the target is out of it."""
+        least = self.cost(smallest)
+        if not least <= self.amount <= self.dense:
+            raise ValueError(
+                f"the target of {self.amount:.4g} {self.kind} can't be met: reachable are "
+                f"{least:.4g} to {self.dense:.4g}, fractions {least / self.dense:.3f} to 1"
+            )
+
+    def meet(self, widths_at: Callable[[float], Mapping[str, int]], start: float) -> float:
+        """Find the smallest tolerance (nats) whose widths meet the target, by bisection."""
+        fails, meets, best = 0.0, math.inf, math.inf
+        increase = start
+        for _ in range(_TRIALS):
+            cost = self.cost(widths_at(increase))
+            logger.info("max_increase %.3g gives %.4g %s", increase, cost, self.kind)
+            if cost <= self.amount:
+                meets = best = increase
+                if cost >= self.amount * (1 - _CLOSE):
+                    break
+            else:
+                fails = increase
+            if math.isinf(meets):
+                increase *= 4
+            else:
+                increase = math.sqrt(fails * meets) if fails else meets / 4
+        return best
+
+
+def _costs(
+    measure: Callable[[nn.Module, Inputs], float],
+    model: nn.Module,
+    graph: Any,
+    sites: Sequence[Site],
+    inputs: Inputs,
+) -> tuple[float, dict[str, float]]:
+    """The dense model's cost, and that of one channel or head of each site."""
+
+    def costs(inputs: Inputs) -> tuple[float, dict[str, float]]:
+        dense, units = measure(model, inputs), {}
+        for site in sites:
+            with narrowed(graph, site, range(1, site.width)):
+                units[site.down] = dense - measure(model, inputs)
+        return dense, units
+
+    try:
+        with on_meta(model):
+            return costs(inputs.to("meta"))
+    except Exception as error:
+        logger.debug("the model fails on the meta device: %s", error)
+        return costs(inputs)
+
+
+def _parameters(model: nn.Module, inputs: Inputs) -> float:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _macs(model: nn.Module, inputs: Inputs) -> float:
+    return count_macs(model, inputs, None)[""]

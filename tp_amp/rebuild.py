@@ -1,0 +1,80 @@
+"""Prune a dense model to a plan and compensate, in one call from any script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_amp.batches import check_batches, prepare
+from tp_amp.compensation import RIDGE, Correction, Method
+from tp_amp.cutting import cut
+from tp_amp.graph import build_graph
+from tp_amp.plan import PruningPlan, planned_sites
+from tp_amp.refit import Recipe, apply, fit, one_image
+
+
+def compensate(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    *,
+    method: Method = "affine",
+    ridge: float = RIDGE,
+    add_bias: bool = False,
+    token_weights: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+) -> dict[str, Correction]:
+    """Cut a dense model to a plan, in place, with what is lost rebuilt from what is kept.
+
+    For each cut layer y = W h + b with kept inputs S and cut ones P, over the tokens of unlabelled
+    images: `mean` adds W_P (mean of h_P) to b; `affine` adds W_P B to W_S with B the ridge
+    regression of h_P on h_S, and W_P (mean of h_P - B mean of h_S) to b (CORP, arXiv 2602.05243).
+    Layers are fitted in the order of the forward pass, each on the model as cut and corrected so
+    far, against what the layer gives in the dense model. No labels, no gradients.
+
+    Args:
+        model: the dense model.
+        plan: from `plan_from_importance`, `AdaptiveMLPPruner` or by hand; MLPs and heads.
+        batches: unlabelled images in batches `(images, ...)`; labels in them are ignored.
+        method: `"none"`, `"mean"` or `"affine"`.
+        ridge: lambda relative to the mean diagonal of the kept channels' covariance; it grows
+            tenfold where there is no solution, and that is logged.
+        add_bias: give cut layers without a bias one; else the best correction without is taken.
+        token_weights: takes the images (or the dict of keyword arguments) of a batch and gives the
+            weight of each token, `(images, tokens)`: 0 for padding.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        `down` -> what was added, with the mean squared error of the layer's output before and
+        after on `batches`.
+
+    Raises:
+        ValueError: the plan does not fit, or an argument is out of range; the model is as it was.
+        TypeError: `batches` can't be iterated.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> plan = tp_amp.PruningPlan({"blocks.0.mlp.fc2": list(range(192))})
+        >>> fitted = tp_amp.compensate(model, plan, [torch.randn(16, 3, 224, 224)])
+        >>> fitted["blocks.0.mlp.fc2"].error < fitted["blocks.0.mlp.fc2"].error_before
+        True
+    """
+    recipe = Recipe(method, ridge, add_bias, token_weights)
+    check_batches(batches)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to fit the compensation on")
+    example = one_image(prepare(batches[0], model))
+    example_inputs = example.kwargs or example.args
+    traced = build_graph(model, example_inputs)
+    sites = planned_sites(model, example_inputs, traced, plan)
+    fitted = fit(traced.graph, list(sites.values()), plan.keep, batches, recipe, progress=progress)
+    for name, site in sites.items():
+        for group in cut(traced.graph, site, plan.keep[name]):
+            group.prune()
+        if name in fitted:
+            apply(model.get_submodule(name), site, fitted[name])
+    return fitted

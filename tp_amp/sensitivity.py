@@ -1,0 +1,97 @@
+"""What an error at a layer's output costs the model: label-free Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp._state import evaluating, hooks, seeded
+from tp_amp.attention_adapt import exposing
+from tp_amp.batches import Inputs, stream
+from tp_amp.objectives import Objective, resolve_on
+
+
+def output_sensitivity(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Mean over images of the sum over tokens of g g^T, g the gradient at a layer's output.
+
+    The gradient is that of -log p(y) with y drawn from the model's own softmax p (of its logits, or
+    of the similarities of a batch), so that 1/2 tr(G E) is how many nats an error of the output
+    with second moment E costs, to second order. For a callable objective it is its own gradient.
+
+    Args:
+        model: left as it was.
+        layers: module paths of Linears or convolutions.
+        batches: unlabelled images.
+        objective: what the model is for.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Module path -> G, `(outputs, outputs)` in float64.
+
+    Raises:
+        ValueError: the objective does not depend on a layer.
+    """
+    resolved = resolve_on(objective, model, batches)
+    totals: dict[str, Tensor] = {}
+    images = 0
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+    ):
+        for inputs in stream(batches, model, description="sensitivity", progress=progress):
+            for name, gradient in _gradients(model, layers, inputs, resolved).items():
+                totals[name] = totals.get(name, 0) + gradient.T @ gradient
+            images += inputs.images
+    return {name: total / images for name, total in totals.items()}
+
+
+def _gradients(
+    model: nn.Module, layers: Collection[str], inputs: Inputs, objective: Objective
+) -> dict[str, Tensor]:
+    """The gradients at the outputs of some layers, `(tokens, outputs)`."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name]
+
+        return hook
+
+    with hooks(model.get_submodule(n).register_forward_hook(keep(n)) for n in layers):
+        loss = _loss(model, inputs, objective)
+    missing = [name for name in layers if name not in outputs]
+    gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+    found = dict(zip(outputs, gradients, strict=True))
+    missing += [name for name, gradient in found.items() if gradient is None]
+    if missing:
+        raise ValueError(f"the objective does not depend on {missing}; leave them out")
+    return {name: _rows(model.get_submodule(name), gradient) for name, gradient in found.items()}
+
+
+def _loss(model: nn.Module, inputs: Inputs, objective: Objective) -> Tensor:
+    logits = objective.logits(model, inputs)
+    if logits is None:
+        return objective(model, inputs) * inputs.images
+    log_p = logits.double().log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1).to(log_p.device)
+    return -log_p.gather(1, drawn).sum()
+
+
+def _rows(layer: nn.Module, values: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        values = values.movedim(1, -1)
+    return values.detach().reshape(-1, values.shape[-1]).double()
