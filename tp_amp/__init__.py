@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tp_amp.reconstruction import ReconstructionImportance as ReconstructionImportance
     from tp_amp.reconstruction import reconstruction_order as reconstruction_order
     from tp_amp.refit import Recipe as Recipe
+    from tp_amp.saving import create_model as create_model
+    from tp_amp.saving import load_pruned as load_pruned
+    from tp_amp.saving import save_pruned as save_pruned
     from tp_amp.widths import mlp_ratio_widths as mlp_ratio_widths
     from tp_amp.widths import pruning_ratio_dict as pruning_ratio_dict
 
@@ -46,6 +49,7 @@ _MODULES = {
     "ReconstructionImportance": "reconstruction",
     "apply_plan": "plan",
     "compensate": "rebuild",
+    "create_model": "saving",
     "dimap_masks": "dimap",
     "dimap_scopes": "dimap",
     "dimap_sparsify": "dimap",
@@ -53,11 +57,13 @@ _MODULES = {
     "find_mlps": "mlps",
     "gram_schmidt_order": "gram_schmidt",
     "inspect": "inspection",
+    "load_pruned": "saving",
     "mlp_ratio_widths": "widths",
     "plan_for_target": "allocation",
     "plan_from_importance": "plan",
     "pruning_ratio_dict": "widths",
     "reconstruction_order": "reconstruction",
+    "save_pruned": "saving",
     "split_batches": "batches",
 }
 __all__ = list(_MODULES)

@@ -155,7 +155,8 @@ def plan_for_target(
     spent = budget.dense - sum(budget.units[site.down] * site.width for site in sites)
     widths = allocate(errors, budget.units, budget.amount - spent, round_to)
     keep = {n: sorted(importance.orders[n][:width].tolist()) for n, width in widths.items()}
-    return PruningPlan(keep, {site.down: site.width for site in sites})
+    dense = {site.down: site.width for site in sites}
+    return PruningPlan(keep, dense, sites={site.down: site for site in sites})
 
 
 def _choices(width: int, round_to: int) -> Tensor:

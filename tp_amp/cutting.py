@@ -36,14 +36,12 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
     down = (mlp.down, "prune_in_channels", [mlp.first + j for j in channels])
     layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
-    if mlp.fused:
-        layers.append((mlp.name, "prune_out_channels", list(channels)))
     handlers = []
     for name, side, indices in layers:
-        module = graph.model.get_submodule(name)
-        known = module in graph.module2node
-        pruner = graph.get_pruner_of_module(module) if known else FusedBlockPruner()
+        pruner = graph.get_pruner_of_module(graph.model.get_submodule(name))
         handlers.append((name, getattr(pruner, side), indices))
+    if mlp.fused:
+        handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
     return make_group(graph, handlers, list(channels))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tp_amp.attention import read_attentions
 from tp_amp.cutting import Site, cut, site_group
 from tp_amp.graph import TracedGraph, build_graph
-from tp_amp.heads import Attention
-from tp_amp.mlps import read_mlps
+from tp_amp.heads import Attention, HeadTensor
+from tp_amp.mlps import MLP, read_mlps
 from tp_amp.search import Probe
 
 FORMAT = 1
@@ -33,6 +33,8 @@ class PruningPlan:
         probes: module path of `down` -> the widths the search tried, in order, each with the
             entropy (nats) on the calibration images and whether it was accepted.
         dense_entropy: entropy (nats) of the dense model on the calibration images, where known.
+        sites: module path of `down` -> the `MLP` or `Attention` that is cut, where known; with
+            them a plan is applied without tracing (`load_pruned`).
 
     Example:
         >>> plan = PruningPlan({"blocks.0.mlp.fc2": [0, 3]})
@@ -46,6 +48,7 @@ class PruningPlan:
     dense_widths: dict[str, int] = field(default_factory=dict)
     probes: dict[str, list[Probe]] = field(default_factory=dict)
     dense_entropy: float | None = None
+    sites: dict[str, Site] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -62,6 +65,7 @@ class PruningPlan:
             "dense_entropy": self.dense_entropy,
             "dense_widths": self.dense_widths,
             "probes": probes,
+            "sites": {name: to_record(site) for name, site in self.sites.items()},
             "keep": self.keep,
         }
         lines = [f'  "{key}": {_lines(value)}' for key, value in parts.items()]
@@ -94,6 +98,7 @@ class PruningPlan:
                     for name, probes in record["probes"].items()
                 },
                 dense_entropy=record["dense_entropy"],
+                sites={str(n): from_record(r) for n, r in record.get("sites", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the pruning plan is damaged: {error!r}") from error
@@ -142,12 +147,17 @@ def planned_sites(
                 f"{name} has {width} {sites[name].units}, the plan was made for "
                 f"{plan.dense_widths[name]}; apply it to the dense model"
             )
-        if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= width:
-            raise ValueError(
-                f"the plan's kept {sites[name].units} of {name} must be distinct and within "
-                f"0..{width - 1}"
-            )
+        check_kept(sites[name], kept)
     return {name: sites[name] for name in plan.keep}
+
+
+def check_kept(site: Site, kept: Sequence[int]) -> None:
+    """Raise ValueError if kept channels or heads are empty, repeated or out of range."""
+    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= site.width:
+        raise ValueError(
+            f"the plan's kept {site.units} of {site.down} must be distinct and within "
+            f"0..{site.width - 1}"
+        )
 
 
 def find_sites(
@@ -217,7 +227,8 @@ def plan_from_importance(
         name: sorted(rank_channels(importance, traced.graph, sites[name])[:width])
         for name, width in widths.items()
     }
-    return PruningPlan(keep, {name: dense[name] for name in keep})
+    kept_sites = {name: sites[name] for name in keep}
+    return PruningPlan(keep, {name: dense[name] for name in keep}, sites=kept_sites)
 
 
 @torch.no_grad()
@@ -244,6 +255,21 @@ def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: 
     sums = scores.view(site.width, -1).sum(1)
     order: list[int] = sums.argsort(descending=True, stable=True).tolist()
     return order
+
+
+def to_record(site: Site) -> dict[str, Any]:
+    """A site as JSON, with its kind."""
+    return {"kind": type(site).__name__, **asdict(site)}
+
+
+def from_record(record: dict[str, Any]) -> Site:
+    """Read a site that `to_record` wrote."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    del values["kind"]
+    if record["kind"] == "MLP":
+        return MLP(**values)
+    values["tensors"] = tuple(HeadTensor(**tensor) for tensor in values["tensors"])
+    return Attention(**values)
 
 
 def _lines(value: Any) -> str:

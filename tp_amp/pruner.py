@@ -244,6 +244,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             widths,
             {name: found.probes[name] for name in widths},
             search.dense_entropy,
+            {site.down: site for site in (*self.mlps, *self.attentions)},
         )
 
     def _tolerances(self) -> dict[str, float]:
