@@ -4,6 +4,8 @@ import json
 import sys
 
 import cifar
+import compensation
+import compensation_report
 import criteria
 import criteria_plot
 import dimap
@@ -358,3 +360,35 @@ def test_zeroed_changes_a_copy():
     gone = sparse.blocks[0].attn.qkv.weight == 0
     assert int(gone.sum()) == gone.numel() // 4
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_compensation(tmp_path, capsys):
+    """Hidden neurons in pairs: half of them can be rebuilt, and which are kept decides nothing."""
+    model = random_reference("vit")
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in (block.mlp.fc1.weight, block.mlp.fc1.bias):
+                parameter[256:] = parameter[:256]
+    reference.save_reference(model, "vit", {}, tmp_path)
+    images = random_images(TEST, 1)
+    with torch.no_grad():
+        labels = model(cifar.normalize(images)).argmax(-1)
+    write_parquet(tmp_path / "data", "train", random_images(TRAIN, 2), random_labels(TRAIN, 2))
+    write_parquet(tmp_path / "data", "test", images, labels)
+
+    options = "--fractions 0.5 --seeds 0 --images 24 --hessian-images 2 --counts 24 --sweep-at 0.5"
+    paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
+    compensation.main(["--model", "vit", "--test-images", "0", *options.split(), *map(str, paths)])
+
+    record = json.loads((tmp_path / "out" / "compensation_vit.json").read_text())
+    assert record["dense"]["accuracy"] == 1
+    found = {name: values[0] for name, values in record["accuracy"]["0.5"].items()}
+    assert found["Reconstruction + affine"] == 1
+    assert found["Reconstruction"] < 1
+    for name in ("EntropyTaylor, prediction", "GramSchmidt", "Taylor", "Random"):
+        assert {name, f"{name} + affine"} <= found.keys()
+    assert {name.split(":")[0] for name in found} >= {"VBP", "FLAP", "GRAIL", "CORP"}
+    assert record["images"]["24"]["0.5"] == found["Reconstruction, own widths + affine"]
+    assert capsys.readouterr().out.strip() == compensation_report.report(record).strip()
+    with Image.open(tmp_path / "out" / "compensation_vit.png") as picture:
+        assert picture.size[0] > 500

@@ -109,7 +109,7 @@ class Moments:
             weight: of the dense layer, `(outputs, inputs)`.
             keep: indices of the inputs that stay.
         """
-        weight = weight.to(self.inputs)
+        weight = weight.detach().to(self.inputs)
         dropped = torch.ones(len(self.mean_inputs), dtype=torch.bool, device=weight.device)
         index = torch.as_tensor(keep, device=weight.device)
         dropped[index] = False

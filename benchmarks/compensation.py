@@ -1,0 +1,195 @@
+"""Accuracy without fine-tuning and without labels, with what was cut rebuilt in closed form.
+
+    python benchmarks/compensation.py --model vit --data path/to/cifar10
+
+Every criterion ranks the dense model; every MLP is cut to the same share of its channels, with and
+without compensation fitted on the images that scored. Beside them: tp_amp's widths by foreseen loss
+at the same number of parameters, and the recipes of others, from their formulas. Writes
+results/compensation_<model>.json and .png after every seed. `--data` is as for train_reference.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import load_split, normalize
+from compensation_report import plot, report
+from importances import Batches, all_criteria
+from measuring import Bench, draw_batches
+from reference import (
+    ARCHITECTURES,
+    CHECKPOINTS,
+    RESULTS,
+    accuracy,
+    load_reference,
+    versions,
+    write_json,
+)
+from torch import nn
+from tqdm import tqdm
+
+import tp_amp
+from tp_amp.compensation import Moments, correct
+from tp_amp.reconstruction import hidden_moments
+from tp_amp.refit import apply
+
+# Those whose order at one layer is that of another, or that sees the last image only, are left out.
+LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")
+Orders = dict[str, list[int]]
+
+
+class Comparison:
+    """All recipes on one model and one draw of unlabelled images."""
+
+    def __init__(self, bench: Bench, batches: Batches, seed: int, hessian_images: int) -> None:
+        self.bench, self.batches = bench, batches
+        criteria = all_criteria(hessian_images)
+        self.orders = {
+            name: bench.rank(criterion, batches, seed)
+            for name, criterion in criteria.items()
+            if name not in LEFT_OUT
+        }
+        self.importance = tp_amp.ReconstructionImportance("prediction")
+        downs = [mlp.down for mlp in bench.mlps]
+        self.importance.collect(bench.model, batches, layers=downs, progress=False)
+        self.moments = hidden_moments(bench.model, downs, batches, progress=False)
+        self.orders["Reconstruction"] = {n: self.importance.orders[n].tolist() for n in downs}
+        variance = {n: moments.inputs.diagonal() for n, moments in self.moments.items()}
+        squares = {n: self._down(n).weight.double().square().sum(0) for n in downs}
+        self.variance = {n: descending(variance[n]) for n in downs}
+        self.flap = {n: descending(variance[n] * squares[n]) for n in downs}
+
+    def _down(self, name: str, model: nn.Module | None = None) -> Any:
+        return (model or self.bench.model).get_submodule(name)
+
+    def rows(self, fraction: float) -> dict[str, float]:
+        """Accuracy of every recipe with that fraction of the MLPs kept."""
+        widths = self.bench.widths(fraction)
+        found = {}
+        for name, order in self.orders.items():
+            found[name] = self.bench.accuracy(order, widths)
+            found[f"{name} + affine"] = self.compensated(order, widths, "affine")
+        magnitude = self.orders["DIMAP"]
+        found["VBP: variance + mean"] = self.one_shot(self.variance, widths, "mean")
+        found["FLAP: variance and norm + mean"] = self.one_shot(self.flap, widths, "mean")
+        found["GRAIL: magnitude + uncentred ridge"] = self.one_shot(magnitude, widths, "GRAIL")
+        found["CORP: magnitude + affine at once"] = self.one_shot(magnitude, widths, "affine")
+        own = self.planned_widths(self.bench.size(widths)["parameters"])
+        order = self.orders["Reconstruction"]
+        found["Reconstruction, own widths + mean"] = self.compensated(order, own, "mean")
+        found["Reconstruction, own widths + affine"] = self.compensated(order, own, "affine")
+        return found
+
+    def planned_widths(self, parameters: float) -> dict[str, int]:
+        """The widths of the smallest foreseen loss with so many parameters."""
+        plan = tp_amp.plan_for_target(
+            self.bench.model, self.bench.example, self.importance, {"params": parameters}
+        )
+        return plan.widths
+
+    def compensated(self, order: Orders, widths: dict[str, int], method: Any) -> float:
+        """Test accuracy with tp_amp's compensation."""
+        keep = {name: sorted(order[name][:width]) for name, width in widths.items()}
+        model = copy.deepcopy(self.bench.model)
+        plan = tp_amp.PruningPlan(keep)
+        tp_amp.compensate(model, plan, self.batches, method=method, progress=False)
+        return accuracy(model, self.bench.images, self.bench.labels, 64)
+
+    def one_shot(self, order: Orders, widths: dict[str, int], method: str) -> float:
+        """Test accuracy with every layer fitted on the dense model, as others do."""
+        keep = {name: sorted(order[name][:width]) for name, width in widths.items()}
+        model = copy.deepcopy(self.bench.model)
+        tp_amp.apply_plan(model, self.bench.example, tp_amp.PruningPlan(keep))
+        for mlp in self.bench.mlps:
+            kept = keep[mlp.down]
+            cut: Moments = self.moments[mlp.down].after_cut(self._down(mlp.down).weight, kept)
+            if method == "GRAIL":
+                fitted = correct(cut, "affine", bias=False, ridge=1e-3)
+            else:
+                fitted = correct(cut, method)  # type: ignore[arg-type]
+            apply(self._down(mlp.down, model), mlp, fitted)
+        return accuracy(model, self.bench.images, self.bench.labels, 64)
+
+
+def descending(scores: torch.Tensor) -> list[int]:
+    return scores.argsort(descending=True, stable=True).tolist()
+
+
+def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namespace) -> Any:
+    """Accuracy of tp_amp's recipe by the number of unlabelled images, one seed."""
+    found: dict[str, dict[str, float]] = {}
+    for count in tqdm(options.counts, desc="images", disable=None):
+        comparison = Comparison(bench, draw(count), 0, min(count, options.hessian_images))
+        order = comparison.orders["Reconstruction"]
+        found[str(count)] = {}
+        for fraction in options.sweep_at:
+            size = bench.size(bench.widths(fraction))["parameters"]
+            own = comparison.planned_widths(size)
+            found[str(count)][str(fraction)] = comparison.compensated(order, own, "affine")
+    return found
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=tuple(ARCHITECTURES), required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.15])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=512, help="unlabelled training images")
+    parser.add_argument("--hessian-images", type=int, default=128, help="of these, for Hessian")
+    parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048])
+    parser.add_argument("--sweep-at", type=float, nargs="+", default=[0.5, 0.3, 0.15])
+    parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the arguments, measure, print and write."""
+    options = parse(arguments)
+    train, (images, labels) = (load_split(options.data, split) for split in ("train", "test"))
+    count = options.test_images or len(labels)
+    picked = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+    model = load_reference(options.model, options.checkpoints)
+    bench = Bench(model, normalize(images[picked]), labels[picked])
+    dense = {mlp.down: list(range(mlp.width)) for mlp in bench.mlps}
+    record: dict[str, Any] = {
+        "model": options.model,
+        "configuration": {k: v for k, v in vars(options).items() if isinstance(v, int | list)},
+        "versions": versions(),
+        "dense": {
+            "accuracy": bench.accuracy(dense, bench.widths(1)),
+            **bench.size(bench.widths(1)),
+        },
+        "sizes": {str(f): bench.size(bench.widths(f)) for f in options.fractions},
+        "accuracy": {str(f): {} for f in options.fractions},
+    }
+
+    def draw(count: int, seed: int = 0) -> Batches:
+        return draw_batches(train, (count,), seed, "cpu")[0]
+
+    for seed in options.seeds:
+        comparison = Comparison(bench, draw(options.images, seed), seed, options.hessian_images)
+        for fraction in tqdm(options.fractions, desc=f"seed {seed}", disable=None):
+            for name, value in comparison.rows(fraction).items():
+                record["accuracy"][str(fraction)].setdefault(name, []).append(value)
+        record["configuration"]["seeds"] = options.seeds[: options.seeds.index(seed) + 1]
+        write(record, options)
+    record["images"] = sweep(bench, draw, options)
+    write(record, options)
+    print(report(record))
+
+
+def write(record: dict[str, Any], options: argparse.Namespace) -> None:
+    write_json(record, options.output / f"compensation_{options.model}.json")
+    plot(record, options.output / f"compensation_{options.model}.png")
+
+
+if __name__ == "__main__":
+    main()
