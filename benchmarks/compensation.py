@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import tp_amp
 from tp_amp.compensation import Moments, correct
-from tp_amp.reconstruction import hidden_moments
-from tp_amp.refit import apply
+from tp_amp.hidden import hidden_moments
+from tp_amp.recipe import apply
 
 # Those whose order at one layer is that of another, or that sees the last image only, are left out.
 LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")

@@ -39,7 +39,8 @@ from tp_amp.cutting import mlp_group, narrowed
 from tp_amp.graph import build_graph
 from tp_amp.mlps import read_mlps
 from tp_amp.objectives import Objective, mean_objective
-from tp_amp.refit import Recipe, fit
+from tp_amp.recipe import Recipe
+from tp_amp.refit import fit
 
 BOUND = 2.5  # scoring may take this many times as long as the plain forward pass
 # Model -> pixels of an image's side, images in a batch, batches.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tp_amp.compensation import METHODS, Moments, correct
-from tp_amp.refit import Recipe
+from tp_amp.recipe import Recipe
 
 TINY = 1e-13
 

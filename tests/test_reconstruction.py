@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from toys import ToyViT, fingerprint, images, masked, relative, toy
 
 import tp_amp
-from tp_amp import reconstruction
+from tp_amp import hidden as hidden_module
+from tp_amp.hidden import hidden_moments
 from tp_amp.objectives import Objective
-from tp_amp.reconstruction import hidden_moments
 from tp_amp.sensitivity import output_sensitivity
 
 
@@ -198,7 +198,7 @@ def test_one_by_one_convolution_is_ordered_as_the_same_linear() -> None:
 def test_layers_beyond_the_memory_are_collected_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = toy(), images(30)
     once = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
-    monkeypatch.setattr(reconstruction, "_BYTES", 8 * 20**2)
+    monkeypatch.setattr(hidden_module, "_BYTES", 8 * 20**2)
     turns = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
     assert once.orders.keys() == turns.orders.keys() >= set(DOWN)
     for name in DOWN:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from tp_amp.plan import plan_from_importance as plan_from_importance
     from tp_amp.pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
     from tp_amp.rebuild import compensate as compensate
+    from tp_amp.recipe import Recipe as Recipe
     from tp_amp.reconstruction import ReconstructionImportance as ReconstructionImportance
     from tp_amp.reconstruction import reconstruction_order as reconstruction_order
-    from tp_amp.refit import Recipe as Recipe
     from tp_amp.saving import create_model as create_model
     from tp_amp.saving import load_pruned as load_pruned
     from tp_amp.saving import save_pruned as save_pruned
@@ -45,7 +45,7 @@ _MODULES = {
     "GramSchmidtImportance": "gram_schmidt",
     "Inspection": "inspection",
     "PruningPlan": "plan",
-    "Recipe": "refit",
+    "Recipe": "recipe",
     "ReconstructionImportance": "reconstruction",
     "apply_plan": "plan",
     "compensate": "rebuild",

@@ -15,8 +15,9 @@ from tp_amp.batches import bar, stream
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
-from tp_amp.reconstruction import hidden_moments
-from tp_amp.refit import Recipe, apply, corrected, watch
+from tp_amp.hidden import hidden_moments
+from tp_amp.recipe import Recipe, apply, corrected
+from tp_amp.refit import watch
 from tp_amp.search import Probe, accepted, search_width
 
 logger = logging.getLogger(__name__)

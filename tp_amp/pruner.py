@@ -26,7 +26,8 @@ from tp_amp.importance import EntropyTaylorImportance
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
-from tp_amp.refit import Recipe, apply, fit
+from tp_amp.recipe import Recipe, apply
+from tp_amp.refit import fit
 from tp_amp.search import Probe, accepted
 
 logger = logging.getLogger(__name__)

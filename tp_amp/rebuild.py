@@ -12,7 +12,8 @@ from tp_amp.compensation import RIDGE, Correction, Method
 from tp_amp.cutting import cut
 from tp_amp.graph import build_graph
 from tp_amp.plan import PruningPlan, planned_sites
-from tp_amp.refit import Recipe, apply, fit, one_image
+from tp_amp.recipe import Recipe, apply
+from tp_amp.refit import fit, one_image
 
 
 def compensate(

@@ -10,19 +10,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, hooks, seeded
-from tp_amp.attention_adapt import exposing
-from tp_amp.batches import check_batches, stream
-from tp_amp.compensation import Moments
+from tp_amp.batches import check_batches
 from tp_amp.groups import group_layers
+from tp_amp.hidden import hidden_moments, in_turns, narrowing_layers
 from tp_amp.objectives import Objective
-from tp_amp.refit import Recipe, token_weights
 from tp_amp.sensitivity import output_sensitivity
 
 logger = logging.getLogger(__name__)
 
-# Covariances of all layers at once may take that many bytes; more are collected in turns.
-_BYTES = 2**30
 # A pivot below this share of the largest variance is rounding.
 _ROUNDING = 1e-12
 
@@ -152,11 +147,11 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         named = dict(model.named_modules())
         if layers is None:
-            layers = _reading_more_than_giving(model, batches)
+            layers = narrowing_layers(model, batches)
         wrong = [n for n in layers if not _is_projection(named.get(n))]
         if wrong:
             raise ValueError(f"{wrong} are no Linears or 1x1 convolutions of the model")
-        parts = _parts([(name, _inputs(named[name])) for name in layers])
+        parts = in_turns([(name, _inputs(named[name])) for name in layers])
         check_batches(batches, repeatable=len(parts) > 1 or self.objective is not None)
         for part in parts:
             moments = hidden_moments(model, part, batches, progress=progress)
@@ -218,67 +213,6 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         return scores.scatter_add_(0, index, rank[torch.tensor(layer.indices)])
 
 
-def hidden_moments(
-    model: nn.Module,
-    layers: Collection[str],
-    batches: Iterable[Any],
-    *,
-    progress: bool,
-    recipe: Recipe | None = None,
-) -> dict[str, Moments]:
-    """Moments of the inputs of some layers, over all tokens, weighted as a recipe says.
-
-    Raises:
-        ValueError: a layer is never called.
-    """
-    moments: dict[str, Moments] = {name: Moments() for name in layers}
-    weights: Tensor | None = None
-
-    def watch(name: str) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
-            hidden = values.reshape(-1, values.shape[-1])
-            moments[name].add(hidden, hidden[:, :0], weights)
-
-        return add
-
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
-        hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
-    ):
-        for inputs in stream(batches, model, description="covariances", progress=progress):
-            weights = token_weights(recipe, inputs) if recipe else None
-            inputs.call(model)
-    for name, collected in moments.items():
-        if not collected.count:
-            raise ValueError(f"{name} was not called on the batches; leave it out of the layers")
-        if not bool(torch.isfinite(collected.inputs).all()):
-            raise ValueError(f"activations of {name} are not finite; check the images for NaN")
-    return moments
-
-
-def _reading_more_than_giving(model: nn.Module, batches: Iterable[Any]) -> list[str]:
-    """The Linears with more inputs than outputs that are called on the first batch."""
-    check_batches(batches, repeatable=True)
-    called: list[str] = []
-    with (
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
-        hooks(
-            module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module.in_features > module.out_features
-        ),
-    ):
-        next(stream(batches, model, description="first batch", progress=False)).call(model)
-    return list(dict.fromkeys(called))
-
-
 def _is_projection(module: Any) -> bool:
     """Whether each output is a sum over all input channels at one place."""
     if isinstance(module, nn.Conv2d):
@@ -288,17 +222,3 @@ def _is_projection(module: Any) -> bool:
 
 def _inputs(module: Any) -> int:
     return int(module.weight.shape[1])
-
-
-def _parts(widths: list[tuple[str, int]]) -> list[list[str]]:
-    """Layers whose covariances fit into the memory together."""
-    parts: list[list[str]] = []
-    used = 0
-    for name, width in widths:
-        size = 8 * width**2
-        if not parts or used + size > _BYTES:
-            parts.append([])
-            used = 0
-        parts[-1].append(name)
-        used += size
-    return parts

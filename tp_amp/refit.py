@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,41 +14,11 @@ from tp_amp._state import evaluating, hooks, seeded
 from tp_amp.attention_adapt import exposing
 from tp_amp.batches import Inputs, bar, stream
 from tp_amp.chain import Step, find_chain, first_tensor
-from tp_amp.compensation import METHODS, RIDGE, Correction, Method, Moments, correct
+from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
+from tp_amp.recipe import Recipe, apply, corrected, token_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to compensate.
-
-    Attributes:
-        method: `"none"`, `"mean"` or `"affine"`.
-        ridge: lambda relative to the mean diagonal of the kept channels' covariance.
-        add_bias: give layers without a bias one.
-        token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
-            the weight of each token, `(images, tokens)`, 0 for padding; by default all are 1.
-
-    Raises:
-        ValueError: `method` or `ridge` is not valid.
-
-    Example:
-        >>> Recipe("affine", token_weights=lambda images: torch.ones(len(images), 197)).ridge
-        0.0001
-    """
-
-    method: Method = "affine"
-    ridge: float = RIDGE
-    add_bias: bool = False
-    token_weights: Callable[[Any], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"compensation must be one of {METHODS}, found {self.method!r}")
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge must be zero or more, found {self.ridge}")
 
 
 @torch.no_grad()
@@ -160,7 +129,7 @@ class _Walk:
         moments = Moments()
         for state, target, weights in zip(self.cut, targets, self.weights, strict=True):
             (hidden, output), _ = watch(module, down, _inputs(step, state), stop=True)
-            width = units_channels(site, len(self.keep[site.down]))
+            width = _channels(site, len(self.keep[site.down]))
             first = getattr(site, "first", 0)
             moments.add(hidden[:, first : first + width], target - output, weights)
         return moments
@@ -206,48 +175,9 @@ def _tokens(layer: nn.Module, values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def apply(layer: nn.Module, site: Site, correction: Correction) -> None:
-    """Add a correction to a cut layer's weight and bias."""
-    weight: Any = layer.weight
-    changed = weight.detach().clone()
-    width, first = correction.weight.shape[1], getattr(site, "first", 0)
-    added = correction.weight.to(changed).view(len(changed), width, *changed.shape[2:])
-    changed[:, first : first + width] += added
-    layer._parameters["weight"] = nn.Parameter(changed, weight.requires_grad)
-    if correction.bias is not None:
-        old: Any = layer._parameters.get("bias")
-        shift = correction.bias.to(changed)
-        moved = shift if old is None else old.detach() + shift
-        required = weight.requires_grad if old is None else old.requires_grad
-        layer._parameters["bias"] = nn.Parameter(moved, required)
-
-
-def corrected(site: Site, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
-    """Solve for one layer's correction, and say what stands against it."""
-    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=site.down)
-    kept = correction.weight.shape[1]
-    if moments.tokens < 10 * kept:
-        logger.warning(
-            "%s: %d tokens for %d kept channels are few; fit on more images",
-            site.down,
-            moments.tokens,
-            kept,
-        )
-    if not bias:
-        logger.info("%s has no bias to correct; add_bias=True gives it one", site.down)
-    return correction
-
-
-def units_channels(site: Site, units: int) -> int:
+def _channels(site: Site, units: int) -> int:
     """How many input channels of `down` some channels or heads are."""
     return units * getattr(site, "head_width", 1)
-
-
-def token_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
-    """The weight of each token of a batch, in one row."""
-    if recipe.token_weights is None:
-        return None
-    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
 
 
 def _inputs(step: Step, state: Any) -> Inputs:

@@ -1,0 +1,93 @@
+"""Moments of what layers read, over unlabelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp._state import evaluating, hooks, seeded
+from tp_amp.attention_adapt import exposing
+from tp_amp.batches import check_batches, stream
+from tp_amp.compensation import Moments
+from tp_amp.recipe import Recipe, token_weights
+
+# Covariances of all layers at once may take that many bytes; more are collected in turns.
+_BYTES = 2**30
+
+
+def hidden_moments(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Iterable[Any],
+    *,
+    progress: bool,
+    recipe: Recipe | None = None,
+) -> dict[str, Moments]:
+    """Moments of the inputs of some layers, over all tokens, weighted as a recipe says.
+
+    Raises:
+        ValueError: a layer is never called.
+    """
+    moments: dict[str, Moments] = {name: Moments() for name in layers}
+    weights: Tensor | None = None
+
+    def watch(name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
+            hidden = values.reshape(-1, values.shape[-1])
+            moments[name].add(hidden, hidden[:, :0], weights)
+
+        return add
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+        hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
+    ):
+        for inputs in stream(batches, model, description="covariances", progress=progress):
+            weights = token_weights(recipe, inputs) if recipe else None
+            inputs.call(model)
+    for name, collected in moments.items():
+        if not collected.count:
+            raise ValueError(f"{name} was not called on the batches; leave it out of the layers")
+        if not bool(torch.isfinite(collected.inputs).all()):
+            raise ValueError(f"activations of {name} are not finite; check the images for NaN")
+    return moments
+
+
+def narrowing_layers(model: nn.Module, batches: Iterable[Any]) -> list[str]:
+    """The Linears with more inputs than outputs that are called on the first batch."""
+    check_batches(batches, repeatable=True)
+    called: list[str] = []
+    with (
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+        hooks(
+            module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.in_features > module.out_features
+        ),
+    ):
+        next(stream(batches, model, description="first batch", progress=False)).call(model)
+    return list(dict.fromkeys(called))
+
+
+def in_turns(widths: list[tuple[str, int]]) -> list[list[str]]:
+    """Layers whose covariances fit into the memory together."""
+    parts: list[list[str]] = []
+    used = 0
+    for name, width in widths:
+        size = 8 * width**2
+        if not parts or used + size > _BYTES:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    return parts

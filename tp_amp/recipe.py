@@ -1,0 +1,87 @@
+"""How cut layers are compensated, and the correction put into a layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_amp.batches import Inputs
+from tp_amp.compensation import METHODS, RIDGE, Correction, Method, Moments, correct
+from tp_amp.cutting import Site
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compensate.
+
+    Attributes:
+        method: `"none"`, `"mean"` or `"affine"`.
+        ridge: lambda relative to the mean diagonal of the kept channels' covariance.
+        add_bias: give layers without a bias one.
+        token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
+            the weight of each token, `(images, tokens)`, 0 for padding; by default all are 1.
+
+    Raises:
+        ValueError: `method` or `ridge` is not valid.
+
+    Example:
+        >>> import torch
+        >>> Recipe("affine", token_weights=lambda images: torch.ones(len(images), 197)).ridge
+        0.0001
+    """
+
+    method: Method = "affine"
+    ridge: float = RIDGE
+    add_bias: bool = False
+    token_weights: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"compensation must be one of {METHODS}, found {self.method!r}")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge must be zero or more, found {self.ridge}")
+
+
+def apply(layer: nn.Module, site: Site, correction: Correction) -> None:
+    """Add a correction to a cut layer's weight and bias."""
+    weight: Any = layer.weight
+    changed = weight.detach().clone()
+    width, first = correction.weight.shape[1], getattr(site, "first", 0)
+    added = correction.weight.to(changed).view(len(changed), width, *changed.shape[2:])
+    changed[:, first : first + width] += added
+    layer._parameters["weight"] = nn.Parameter(changed, weight.requires_grad)
+    if correction.bias is not None:
+        old: Any = layer._parameters.get("bias")
+        shift = correction.bias.to(changed)
+        moved = shift if old is None else old.detach() + shift
+        required = weight.requires_grad if old is None else old.requires_grad
+        layer._parameters["bias"] = nn.Parameter(moved, required)
+
+
+def corrected(site: Site, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
+    """Solve for one layer's correction, and say what stands against it."""
+    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=site.down)
+    kept = correction.weight.shape[1]
+    if moments.tokens < 10 * kept:
+        logger.warning(
+            "%s: %d tokens for %d kept channels are few; fit on more images",
+            site.down,
+            moments.tokens,
+            kept,
+        )
+    if not bias:
+        logger.info("%s has no bias to correct; add_bias=True gives it one", site.down)
+    return correction
+
+
+def token_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
+    """The weight of each token of a batch, in one row."""
+    if recipe.token_weights is None:
+        return None
+    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
