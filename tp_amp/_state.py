@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tp_amp.attention_adapt import exposing
+
 
 @contextmanager
 def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
@@ -43,6 +45,19 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Run in eval mode, frozen and seeded, with every output projection called as a module."""
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+    ):
+        yield
 
 
 @contextmanager

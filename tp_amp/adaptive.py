@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tp_amp._state import evaluating, seeded
-from tp_amp.attention_adapt import exposing
+from tp_amp._state import observing
 from tp_amp.batches import bar, stream
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
@@ -189,7 +188,7 @@ class Compensator:
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
         model: nn.Module = self.graph.model
         moments = Moments()
-        with evaluating(model, trainable=False), exposing(model), seeded(0):
+        with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
                 (_, target), _ = watch(model, down, batch, stop=True)
                 with narrowed(self.graph, site, kept):

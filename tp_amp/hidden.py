@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, hooks, seeded
-from tp_amp.attention_adapt import exposing
+from tp_amp._state import hooks, observing
 from tp_amp.batches import check_batches, stream
 from tp_amp.compensation import Moments
 from tp_amp.recipe import Recipe, token_weights
@@ -43,11 +42,7 @@ def hidden_moments(
         return add
 
     with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
+        observing(model, gradients=False),
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
         for inputs in stream(batches, model, description="covariances", progress=progress):
@@ -66,9 +61,7 @@ def narrowing_layers(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     check_batches(batches, repeatable=True)
     called: list[str] = []
     with (
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
+        observing(model, gradients=False),
         hooks(
             module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name))
             for name, module in model.named_modules()

@@ -10,8 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp._state import check_finite, evaluating, hooks, seeded
-from tp_amp.attention_adapt import exposing
+from tp_amp._state import check_finite, hooks, observing
 from tp_amp.batches import Inputs, check_batches, stream
 from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
@@ -111,13 +110,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         check_finite(model)
         recorder = _Recorder(model, layers)
         objective = self.objective
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            evaluating(model, trainable=False),
-            exposing(model),
-            seeded(0),
-        ):
+        with observing(model, gradients=True):
             for inputs in stream(batches, model, description="scoring", progress=progress):
                 objective = objective.resolve(model, inputs)
                 recorder.run(model, inputs, objective)

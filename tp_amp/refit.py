@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, hooks, seeded
-from tp_amp.attention_adapt import exposing
+from tp_amp._state import hooks, observing
 from tp_amp.batches import Inputs, bar, stream
 from tp_amp.chain import Step, find_chain, first_tensor
 from tp_amp.compensation import Correction, Moments
@@ -52,7 +51,7 @@ def fit(
     if recipe.method == "none" or not sites:
         return {}
     model: nn.Module = graph.model
-    with _walking(model):
+    with observing(model, gradients=False):
         inputs = list(stream(batches, model, description="reading", progress=False))
         few = one_image(inputs[0], 2)
         sizes = {tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in inputs}
@@ -64,17 +63,6 @@ def fit(
         for step in bar(chain, description="compensation", progress=progress):
             walk.take(step)
     return walk.corrections
-
-
-@contextmanager
-def _walking(model: nn.Module) -> Iterator[None]:
-    with (
-        torch.inference_mode(False),
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
-    ):
-        yield
 
 
 class _Walk:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, hooks, seeded
-from tp_amp.attention_adapt import exposing
+from tp_amp._state import hooks, observing
 from tp_amp.batches import Inputs, stream
 from tp_amp.objectives import Objective, resolve_on
 
@@ -44,13 +43,7 @@ def output_sensitivity(
     resolved = resolve_on(objective, model, batches)
     totals: dict[str, Tensor] = {}
     images = 0
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
-    ):
+    with observing(model, gradients=True):
         for inputs in stream(batches, model, description="sensitivity", progress=progress):
             for name, gradient in _gradients(model, layers, inputs, resolved).items():
                 totals[name] = totals.get(name, 0) + gradient.T @ gradient
