@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from toys import fingerprint, images, perturbed, toy
-from zoo import SWIN_HEADS, TINY
+from zoo import SWIN_HEADS, TIMM, TINY
 
 import tp_amp
 from tp_amp.allocation import allocate
@@ -101,3 +101,10 @@ def test_importance_that_has_seen_nothing_raises() -> None:
     importance = tp_amp.ReconstructionImportance()
     with pytest.raises(ValueError, match=r"has not seen \['blocks\.0\.mlp\.second"):
         tp_amp.plan_for_target(toy(), images(1), importance, {"params": 0.8})
+
+
+def test_projections_fused_with_attention_are_refused() -> None:
+    make, inputs, _ = TIMM["pwee_fused_out"]
+    importance = tp_amp.ReconstructionImportance("prediction", data=[inputs.repeat(2, 1, 1, 1)])
+    with pytest.raises(ValueError, match=r"\['blocks\.0\.out_proj', .* not foreseen apart"):
+        tp_amp.plan_for_target(make(), inputs, importance, {"params": 0.8})

@@ -575,3 +575,13 @@ def test_bad_compensation_raises() -> None:
         pruner_of(toy(), compensation="ridge")
     with pytest.raises(TypeError, match="found a one-shot list_iterator"):
         pruner_of(toy(), compensation="affine", compensation_data=iter([images()]))
+
+
+def test_reconstruction_foresees_the_first_width() -> None:
+    importance = tp_amp.ReconstructionImportance("prediction", data=[images(40, seed=5)])
+    pruner = pruner_of(duplicated(), importance=importance, compensation="affine")
+    pruner.step()
+    for name, probes in pruner.plan.probes.items():
+        errors = importance.errors[name]
+        foreseen = next(width for width, error in enumerate(errors) if error <= 1e-2)
+        assert probes[0].width == max(1, min(foreseen, 19))

@@ -80,3 +80,13 @@ def test_rounding_and_minimum(round_to: int, minimum: int) -> None:
 def test_nan_is_rejected() -> None:
     probes = search_width(lambda _: math.nan, 8, reference=0.0, max_increase=1.0)
     assert accepted(probes) is None
+
+
+@pytest.mark.parametrize("first", [1, 5, 12, 20, 40])
+def test_the_foreseen_width_is_tried_first(first: int) -> None:
+    """Where the entropy falls with the width, the same width is found from any start."""
+    tried = search_width(
+        lambda width: 1.0 / width, 20, reference=0.0, max_increase=0.1, steps=20, first=first
+    )
+    assert tried[0].width == min(first, 19)
+    assert min(probe.width for probe in tried if probe.accepted) == 10

@@ -42,6 +42,7 @@ class WidthSearch:
         entropy: of the model as it is (nats).
         minimum: the smallest width of a site.
         round_to: widths of a site are multiples of it.
+        foreseen: the width to try first for an allowed increase (nats), None for the middle.
         steps: widths tried for each site at most.
         compensator: corrects a cut layer before it is judged.
         progress: show a progress bar on a terminal.
@@ -57,12 +58,14 @@ class WidthSearch:
         *,
         minimum: Callable[[Site], int],
         round_to: Callable[[Site], int],
+        foreseen: Callable[[Site, float], int | None],
         steps: int,
         compensator: Compensator,
         progress: bool,
     ) -> None:
         self.graph, self.sites, self.rank = graph, sites, rank
         self.minimum, self.round_to, self.steps = minimum, round_to, steps
+        self.foreseen = foreseen
         self.compensator, self.progress = compensator, progress
         self._entropy, self._ranking = entropy, ranking
         self._known: dict[tuple[int, ...], float] = {}
@@ -100,6 +103,7 @@ class WidthSearch:
                     steps=self.steps,
                     minimum=self.minimum(site),
                     round_to=self.round_to(site),
+                    first=self.foreseen(site, max_increase[site.down]),
                 )
                 best = accepted(tried)
                 kept = sorted(order[: best.width]) if best else list(range(site.width))

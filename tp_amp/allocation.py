@@ -122,7 +122,8 @@ def plan_for_target(
         ignored_layers: modules that stay as they are.
 
     Raises:
-        ValueError: no MLP is found, or the target is out of reach; its range is told.
+        ValueError: no MLP is found, the target is out of reach (its range is told), or an MLP
+            shares its `down` with the attention (timm's parallel blocks with one projection).
 
     Example:
         >>> import timm, torch, tp_amp
@@ -141,6 +142,12 @@ def plan_for_target(
     ]
     if not sites:
         raise ValueError(f"no MLP to prune was found in {type(model).__name__}")
+    fused = [site.down for site in sites if getattr(site, "first", 0)]
+    if fused:
+        raise ValueError(
+            f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "
+            "add them to ignored_layers, or use plan_from_importance or AdaptiveMLPPruner"
+        )
     layers = [site.down for site in sites if site.down not in importance.errors]
     if layers:
         if importance.data is None:

@@ -49,6 +49,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     channels. That is an argument and no pruner of its own, because the search, the model as cut
     so far and the plan are the same.
 
+    With `ReconstructionImportance` and `compensation="affine"` the bisection starts at the width
+    whose foreseen loss is the allowed one.
+
     Args:
         model: any model whose MLPs `find_mlps` finds.
         example_inputs: as for `find_mlps`.
@@ -225,6 +228,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             lambda: mean_objective(self.model, self.calibration, objective),
             minimum=self._minimum,
             round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
+            foreseen=self._foreseen,
             steps=self.steps,
             compensator=Compensator(self.DG, self.compensation_data, self.recipe),
             progress=self.progress,
@@ -269,6 +273,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         smallest: int = self.min_width if isinstance(site, MLP) else 1
         kept: int = math.ceil(site.width * (1 - self.max_pruning_ratio))
         return max(smallest, kept)
+
+    def _foreseen(self, site: Site, increase: float) -> int | None:
+        """The smallest width whose foreseen loss, once compensated, is the allowed one."""
+        errors = getattr(self.importance, "errors", {}).get(site.down)
+        if errors is None or len(errors) != site.width + 1 or self.recipe.method != "affine":
+            return None
+        return int((errors > increase).sum())
 
     def _rank(self, sites: Sequence[Site]) -> dict[Site, list[int]]:
         if isinstance(self.importance, EntropyTaylorImportance):

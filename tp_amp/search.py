@@ -24,6 +24,7 @@ def search_width(
     steps: int = 6,
     minimum: int = 1,
     round_to: int = 1,
+    first: int | None = None,
 ) -> list[Probe]:
     """Bisect for the smallest width whose entropy exceeds `reference` by at most `max_increase`.
 
@@ -38,6 +39,7 @@ def search_width(
         steps: how many widths are tried at most.
         minimum: the smallest width to try.
         round_to: widths tried are multiples of it.
+        first: the width to try first, where one is foreseen, instead of the middle.
 
     Returns:
         The probes in the order tried; the last accepted one holds the width found, and without an
@@ -52,6 +54,8 @@ def search_width(
     probes: list[Probe] = []
     while len(probes) < steps and right - left > 1:
         middle = (left + right) // 2
+        if first is not None and not probes:
+            middle = min(max(-(-first // round_to), left + 1), right - 1)
         value = entropy(middle * round_to)
         accepted = value - reference <= max_increase
         probes.append(Probe(middle * round_to, value, accepted))
