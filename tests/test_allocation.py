@@ -108,3 +108,20 @@ def test_projections_fused_with_attention_are_refused() -> None:
     importance = tp_amp.ReconstructionImportance("prediction", data=[inputs.repeat(2, 1, 1, 1)])
     with pytest.raises(ValueError, match=r"\['blocks\.0\.out_proj', .* not foreseen apart"):
         tp_amp.plan_for_target(make(), inputs, importance, {"params": 0.8})
+
+
+def test_ignored_containers_and_other_weights_are_respected() -> None:
+    model = toy(hidden=40)
+    importance = tp_amp.ReconstructionImportance("prediction", data=[images()])
+    plan = tp_amp.plan_for_target(
+        model, images(1), importance, {"params": 0.8}, ignored_layers=[model.blocks[0]]
+    )
+    assert list(plan.keep) == ["blocks.1.mlp.second"]
+    other = perturbed(toy(hidden=40))
+    fresh = tp_amp.ReconstructionImportance("prediction", data=[images()])
+    again = tp_amp.plan_for_target(other, images(1), importance, {"params": 0.8})
+    assert again == tp_amp.plan_for_target(other, images(1), fresh, {"params": 0.8})
+    tp_amp.apply_plan(other, images(1), again)
+    tp_amp.apply_plan(
+        other, images(1), tp_amp.plan_for_target(other, images(1), importance, {"params": 0.95})
+    )

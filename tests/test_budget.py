@@ -74,3 +74,14 @@ def test_the_smallest_tolerance_that_meets_the_target_is_found(needed: float) ->
 def test_bad_targets_raise(target: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         swin_budget(target)
+
+
+def test_a_start_far_too_small_ends_with_the_smallest_widths() -> None:
+    budget, _, _ = swin_budget({"params": 0.5})
+    smallest, tried = dict.fromkeys(budget.widths, 1), []
+
+    def widths_at(increase: float) -> dict[str, int]:
+        tried.append(increase)
+        return smallest if increase > 1 else budget.widths
+
+    assert budget.meet(widths_at, 1e-12) == tried[-1] == math.inf

@@ -585,3 +585,52 @@ def test_reconstruction_foresees_the_first_width() -> None:
         errors = importance.errors[name]
         foreseen = next(width for width, error in enumerate(errors) if error <= 1e-2)
         assert probes[0].width == max(1, min(foreseen, 19))
+
+
+def test_forward_fn_gets_what_the_script_gave() -> None:
+    """A tensor stays a tensor, as with Torch-Pruning's own pruners."""
+    model = toy()
+    seen: list[type] = []
+
+    def forward(called: nn.Module, inputs: Tensor) -> Tensor:
+        seen.append(type(inputs))
+        return called(inputs.float())
+
+    pruner = pruner_of(model, forward_fn=forward, target={"macs": 0.9})
+    assert len(pruner.mlps) == 2
+    assert set(seen) == {Tensor}
+
+
+def test_groups_must_be_pruned_as_they_come_with_compensation() -> None:
+    pruner = pruner_of(
+        duplicated(), max_increase=0.05, compensation="affine", compensation_data=[images(40)]
+    )
+    with pytest.raises(ValueError, match="prune each group as it comes"):
+        list(pruner.step(interactive=True))
+
+
+def test_a_step_that_failed_can_be_taken_again() -> None:
+    model = toy()
+    pruner = pruner_of(model, target={"params": 0.1})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="can't be met"):
+            pruner.step()
+
+
+def test_rescoring_collects_reconstruction_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    importance = tp_amp.ReconstructionImportance("prediction", data=[images(40, seed=5)])
+    collected: list[list[str]] = []
+    real = importance.collect
+
+    def collect(model: nn.Module, data: object, **arguments: object) -> object:
+        collected.append(list(arguments["layers"] or []))
+        return real(model, data, **arguments)
+
+    monkeypatch.setattr(importance, "collect", collect)
+    pruner_of(toy(), importance=importance, rescore=True).step()
+    assert collected == [["blocks.1.mlp.second"], ["blocks.0.mlp.second"]]
+
+
+def test_the_importances_own_objective_is_searched_with() -> None:
+    importance = tp_amp.ReconstructionImportance("similarity", data=[images(10)])
+    assert pruner_of(toy(), importance=importance).objective.kind == "similarity"

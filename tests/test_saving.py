@@ -206,3 +206,17 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     tp_amp.save_pruned(model, tmp_path, plan)
     with pytest.raises(ValueError, match="does not say where its model came from"):
         tp_amp.create_model(tmp_path)
+
+
+def test_precision_and_timm_arguments_come_back(tmp_path: Path) -> None:
+    model = vit().bfloat16()
+    inputs = images(1, size=32, channels=3).bfloat16()
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, inputs, plan)
+    arguments = {**TINY, "img_size": 32, "pretrained": True}
+    name = "vit_tiny_patch16_224"
+    tp_amp.save_pruned(model, tmp_path, plan, library="timm", name=name, arguments=arguments)
+    again = tp_amp.create_model(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(again.eval()(inputs), model.eval()(inputs))

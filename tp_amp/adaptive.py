@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,7 +16,7 @@ from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
 from tp_amp.hidden import hidden_moments
-from tp_amp.recipe import Recipe, apply, corrected
+from tp_amp.recipe import Recipe, apply, corrected, token_weights
 from tp_amp.refit import watch
 from tp_amp.search import Probe, accepted, search_width
 
@@ -126,6 +127,7 @@ class WidthSearch:
                 steps=self.steps,
                 minimum=self.minimum(site),
                 round_to=self.round_to(site),
+                first=self.foreseen(site, math.inf),
             )
             widths[site.down] = tried[-1].width if tried else site.width
         return widths
@@ -197,5 +199,5 @@ class Compensator:
                 (_, target), _ = watch(model, down, batch, stop=True)
                 with narrowed(self.graph, site, kept):
                     (hidden, output), _ = watch(model, down, batch, stop=True)
-                moments.add(hidden, target - output)
+                moments.add(hidden, target - output, token_weights(self.recipe, batch))
         return moments

@@ -134,7 +134,7 @@ def plan_for_target(
         >>> fitted = tp_amp.compensate(model, plan, images)
     """
     traced = build_graph(model, example_inputs)
-    ignored = set(ignored_layers)
+    ignored = {module for layer in ignored_layers for module in layer.modules()}
     sites: list[Site] = [
         mlp
         for mlp in read_mlps(model, traced)
@@ -148,12 +148,16 @@ def plan_for_target(
             f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "
             "add them to ignored_layers, or use plan_from_importance or AdaptiveMLPPruner"
         )
-    layers = [site.down for site in sites if site.down not in importance.errors]
+    layers = [
+        site.down
+        for site in sites
+        if not importance.knows(site.down, model.get_submodule(site.down))
+    ]
     if layers:
         if importance.data is None:
             raise ValueError(
-                f"the importance has not seen {layers}; call importance.collect(model, batches, "
-                "layers=...) or pass data="
+                f"the importance has not seen {layers}, or not with these weights; call "
+                "importance.collect(model, batches, layers=...) or pass data="
             )
         importance.collect(model, importance.data, layers=layers, progress=False)
     budget = Budget(target, model, traced.graph, sites, example(example_inputs))

@@ -14,7 +14,7 @@ from tp_amp._state import evaluating, hooks
 from tp_amp.attention_adapt import FORWARDS, exposing, stand_in
 from tp_amp.attention_check import checked
 from tp_amp.attention_tensors import CannotCut
-from tp_amp.batches import Inputs, example
+from tp_amp.batches import Inputs, example, runner
 from tp_amp.blocks import _QKV
 from tp_amp.heads import Attention as Attention
 
@@ -151,8 +151,7 @@ def _record(
 
         return record
 
-    raw = inputs.kwargs or inputs.args
-    run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
+    run = runner(model, forward_fn)
     handles = [
         module.register_forward_pre_hook(recorder(name), with_kwargs=True)
         for name, module in owners.items()

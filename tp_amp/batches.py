@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,10 @@ class Inputs:
         """How many images the batch holds."""
         return len(self.tensors()[0])
 
+    def raw(self) -> Any:
+        """As a script gives them to `forward_fn`: one tensor, several in a tuple, or a dict."""
+        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
+
     def to(self, device: str) -> Inputs:
         """The same arguments with all tensors on another device."""
         args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
@@ -46,6 +50,13 @@ class Inputs:
                 f"the model failed on inputs of shape {shapes}: {error}; "
                 "check that images have the size and channels the model was built for"
             ) from error
+
+
+def runner(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What calls the model: itself, or Torch-Pruning's `forward_fn(model, example_inputs)`."""
+    if forward_fn is None:
+        return model
+    return lambda *args, **kwargs: forward_fn(model, Inputs(args, kwargs).raw())
 
 
 def prepare(batch: Any, model: nn.Module) -> Inputs:

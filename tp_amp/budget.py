@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ class Budget:
         graph: its `tp.DependencyGraph`.
         sites: what may be cut.
         inputs: example inputs, on which MACs are counted.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
 
     Raises:
         ValueError: the target is none of these.
@@ -44,13 +46,14 @@ class Budget:
         graph: Any,
         sites: Sequence[Site],
         inputs: Inputs,
+        forward_fn: Callable[..., Any] | None = None,
     ) -> None:
         if len(target) != 1 or not set(target) <= set(KINDS):
             raise ValueError(f"target must name one of {KINDS}, found {dict(target)}")
         [(self.kind, amount)] = target.items()
         if not (math.isfinite(amount) and amount > 0):
             raise ValueError(f"target must be a positive number, found {dict(target)}")
-        measure = _parameters if self.kind == "params" else _macs
+        measure = _parameters if self.kind == "params" else partial(_macs, forward_fn=forward_fn)
         self.dense, self.units = _costs(measure, model, graph, sites, inputs)
         self.widths = {site.down: site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount
@@ -68,7 +71,7 @@ class Budget:
         """
         costs = {name: self.units[name] * width for name, width in self.widths.items()}
         mean = math.fsum(costs.values()) / len(costs)
-        return {name: increase * cost / mean for name, cost in costs.items()}
+        return {name: increase * (cost / mean) if cost else 0.0 for name, cost in costs.items()}
 
     def check(self, smallest: Mapping[str, int]) -> None:
         """Raise ValueError with the reachable range if the target is out of it."""
@@ -96,6 +99,8 @@ class Budget:
                 increase *= 4
             else:
                 increase = math.sqrt(fails * meets) if fails else meets / 4
+        if math.isinf(best):
+            widths_at(best)  # every probe is accepted: the smallest widths, which meet it
         return best
 
 
@@ -127,5 +132,5 @@ def _parameters(model: nn.Module, inputs: Inputs) -> float:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _macs(model: nn.Module, inputs: Inputs) -> float:
-    return count_macs(model, inputs, None)[""]
+def _macs(model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None) -> float:
+    return count_macs(model, inputs, forward_fn)[""]

@@ -16,7 +16,7 @@ from torch_pruning import ops
 from torch_pruning.pruner import function
 
 from tp_amp._state import evaluating, hooks, on_meta
-from tp_amp.batches import Inputs, example
+from tp_amp.batches import Inputs, example, runner
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _trace(
     build: Callable[..., Any],
     forward_fn: Callable[..., Any] | None,
 ) -> TracedGraph:
-    run = _runner(model, inputs, forward_fn)
+    run = runner(model, forward_fn)
     with evaluating(model, trainable=False):
         reads_images = _record_readers(model, inputs, run)
     with evaluating(model, trainable=True):
@@ -181,18 +181,11 @@ def _trace(
     return TracedGraph(calls, reads_images, graph)
 
 
-def _runner(
-    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
-) -> Callable[..., Any]:
-    raw = inputs.kwargs or inputs.args
-    return model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
-
-
 def _record_values(
     model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
 ) -> dict[nn.Module, Call]:
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model, trainable=True):
-        return _record_calls(model, inputs, _runner(model, inputs, forward_fn))
+        return _record_calls(model, inputs, runner(model, forward_fn))
 
 
 def _has_no_values(model: nn.Module) -> bool:

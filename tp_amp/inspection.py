@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tp_amp._state import evaluating, on_meta
 from tp_amp.attention import read_attentions
 from tp_amp.attention_adapt import exposing
-from tp_amp.batches import Inputs, example
+from tp_amp.batches import Inputs, example, runner
 from tp_amp.graph import build_graph
 from tp_amp.heads import Attention
 from tp_amp.mlps import MLP, read_mlps
@@ -136,18 +136,19 @@ def count_macs(
     model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
 ) -> dict[str, float]:
     """Multiply-accumulates of each module on some inputs, those of its children included."""
-    raw = inputs.kwargs or inputs.args
-    run = model if forward_fn is None else lambda *_, **__: forward_fn(model, raw)
+    run = runner(model, forward_fn)
     counter = FlopCounterMode(display=False)
     # With gradients, since nn.MultiheadAttention goes a fused way without, which isn't counted.
     with torch.enable_grad(), evaluating(model, trainable=True), exposing(model), counter:
         inputs.call(run)
     top = type(model).__name__
-    return {
+    found = {
         name.removeprefix(top).removeprefix("."): sum(counts.values()) / 2
         for name, counts in counter.flop_counts.items()
         if name != "Global"
     }
+    # A forward_fn may go round the model's own call, which has no entry then.
+    return found | {"": counter.get_total_flops() / 2}
 
 
 def _shares(

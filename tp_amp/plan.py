@@ -217,6 +217,8 @@ def plan_from_importance(
         raise ValueError(f"no MLP was found in {type(model).__name__}")
     dense = {name: site.width for name, site in sites.items()}
     if not isinstance(widths, dict):
+        if not 0 < widths <= 1:
+            raise ValueError(f"widths must be a fraction above 0, 1 at most, found {widths}")
         widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
     for name, width in widths.items():
         if not 0 < width <= dense[name]:

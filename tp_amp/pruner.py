@@ -27,6 +27,7 @@ from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
 from tp_amp.recipe import Recipe, apply
+from tp_amp.reconstruction import ReconstructionImportance
 from tp_amp.refit import fit
 from tp_amp.search import Probe, accepted
 
@@ -140,13 +141,18 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 "the importance scores on the calibration batches; pass other images for the "
                 "search (tp_amp.split_batches splits a loader in two)"
             )
-        if rescore and isinstance(importance, EntropyTaylorImportance) and importance.data is None:
-            raise ValueError("rescore=True needs EntropyTaylorImportance(data=...) to score again")
+        own = (EntropyTaylorImportance, ReconstructionImportance)
+        if rescore and isinstance(importance, own) and importance.data is None:
+            raise ValueError(
+                f"rescore=True needs {type(importance).__name__}(data=...) to score again"
+            )
         self.recipe = compensation if isinstance(compensation, Recipe) else Recipe(compensation)
         if compensation_data is not None:
             check_batches(compensation_data, repeatable=True)
         data = getattr(importance, "data", None) if compensation_data is None else compensation_data
         self.compensation_data = calibration if data is None else data
+        if self.recipe.method != "none":
+            check_batches(self.compensation_data, repeatable=True)
         check_finite(model)
         own_pruners = dict(customized_pruners or {})
 
@@ -165,7 +171,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                     in_channel_groups={},
                     out_channel_groups={},
                     num_heads={},
-                    forward_fn=forward_fn,
+                    forward_fn=None
+                    if forward_fn is None
+                    else lambda model, given: forward_fn(model, example(given).raw()),
                     output_transform=output_transform,
                     unwrapped_parameters=list(unwrapped_parameters or []),
                     customized_pruners={**customized_pruners, **own_pruners},
@@ -185,34 +193,49 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.budget: Budget | None = None
         if target is not None:
             inputs = example(example_inputs)
-            self.budget = Budget(target, model, self.DG, self._sites, inputs)
+            self.budget = Budget(target, model, self.DG, self._sites, inputs, forward_fn)
         self.calibration = calibration
-        if objective is None and isinstance(importance, EntropyTaylorImportance):
-            self.objective = importance.objective
+        known = getattr(importance, "objective", None)
+        if objective is None and isinstance(known, Objective):
+            self.objective = known
         else:
             self.objective = Objective(objective or "auto")
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
+        self._pruned = False
 
     def _prune(self) -> Iterator[Any]:
-        if self.current_step > self.iterative_steps:
+        if self._pruned:
             logger.warning("the model was pruned by step() before; nothing more is pruned")
             return
-        self.plan = self._search()
+        plan = self._search()
         self.corrections = fit(
             self.DG,
             self._sites,
-            self.plan.keep,
+            plan.keep,
             self.compensation_data,
             self.recipe,
             progress=self.progress,
         )
+        # Not before: what fails above can be tried again.
+        self.plan, self._pruned = plan, True
         for site in self._sites:
             for group in cut(self.DG, site, self.plan.keep[site.down]):
                 yield group
-                if site.down in self.corrections:
-                    down = self.model.get_submodule(site.down)
-                    apply(down, site, self.corrections[site.down])
+                self._correct(site)
+
+    def _correct(self, site: Site) -> None:
+        fitted = self.corrections.get(site.down)
+        if fitted is None:
+            return
+        down: Any = self.model.get_submodule(site.down)
+        width = getattr(site, "first", 0) + fitted.weight.shape[1]
+        if down.weight.shape[1] != width:
+            raise ValueError(
+                f"the group of {site.down} was not pruned before the next one was asked for, so "
+                "that its compensation does not fit; prune each group as it comes"
+            )
+        apply(down, site, fitted)
 
     @torch.no_grad()
     def _search(self) -> PruningPlan:
@@ -282,9 +305,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         return int((errors > increase).sum())
 
     def _rank(self, sites: Sequence[Site]) -> dict[Site, list[int]]:
+        downs = [site.down for site in sites]
         if isinstance(self.importance, EntropyTaylorImportance):
-            downs = [site.down for site in sites]
             self.importance.refresh(self.model, downs, progress=self.progress)
+        elif self.rescore and isinstance(self.importance, ReconstructionImportance):
+            data: Any = self.importance.data
+            self.importance.collect(self.model, data, layers=downs, progress=self.progress)
         return {site: rank_channels(self.importance, self.DG, site) for site in sites}
 
     def _report(self, site: Site, probes: list[Probe]) -> None:

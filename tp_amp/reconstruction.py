@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -120,7 +121,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         self.data = data
         self.orders: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._versions: dict[str, tuple[Any, int]] = {}
 
     @torch.no_grad()
     def collect(
@@ -146,6 +147,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             TypeError: `batches` can't be iterated, or not again where that is needed.
         """
         named = dict(model.named_modules())
+        chosen = layers is None
         if layers is None:
             layers = narrowing_layers(model, batches)
         wrong = [n for n in layers if not _is_projection(named.get(n))]
@@ -155,28 +157,41 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         check_batches(batches, repeatable=len(parts) > 1 or self.objective is not None)
         for part in parts:
             moments = hidden_moments(model, part, batches, progress=progress)
-            roots = self._roots(model, part, batches, progress)
-            for name in part:
+            roots = self._roots(model, part, batches, chosen, progress)
+            for name in part if self.objective is None else roots:
                 weight: Any = named[name].weight
                 seen = weight.flatten(1).double()
                 seen = roots[name] @ seen if name in roots else seen
                 self.orders[name], errors = reconstruction_order(moments[name].inputs, seen)
-                self.errors[name] = errors / 2 if name in roots else errors
-                self._versions[name] = (id(weight), weight._version)
+                self.errors[name] = (errors / 2 if name in roots else errors).cpu()
+                self._versions[name] = weakref.ref(weight), weight._version
         return self
 
     def _roots(
-        self, model: nn.Module, layers: list[str], batches: Iterable[Any], progress: bool
+        self,
+        model: nn.Module,
+        layers: list[str],
+        batches: Iterable[Any],
+        skip_unused: bool,
+        progress: bool,
     ) -> dict[str, Tensor]:
         """Square roots of the sensitivities, so that |root @ error|^2 counts in nats."""
         if self.objective is None:
             return {}
-        found = output_sensitivity(model, layers, batches, self.objective, progress=progress)
+        found = output_sensitivity(
+            model, layers, batches, self.objective, skip_unused=skip_unused, progress=progress
+        )
         roots = {}
         for name, matrix in found.items():
             values, vectors = torch.linalg.eigh(matrix)
             roots[name] = (vectors * values.clamp_min(0).sqrt()).T
         return roots
+
+    def knows(self, name: str, layer: nn.Module) -> bool:
+        """Whether a layer was collected with the weight that it has now."""
+        weight: Any = layer.weight
+        seen, version = self._versions.get(name, (None, 0))
+        return seen is not None and seen() is weight and version == weight._version
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
@@ -185,8 +200,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             if layer.side != "in" or not _is_projection(layer.module):
                 continue
             weight: Any = layer.module.weight
-            fresh = self._versions.get(layer.name) == (id(weight), weight._version)
-            if not fresh and self.data is not None:
+            if not self.knows(layer.name, layer.module) and self.data is not None:
                 # All at once the first time; then only what has changed.
                 layers = None if not self.orders else [layer.name]
                 self.collect(group._DG.model, self.data, layers=layers, progress=False)

@@ -83,6 +83,9 @@ def save_pruned(
         "name": name,
         "arguments": arguments or {},
         "config": config.to_dict() if config is not None else None,
+        "dtype": next(
+            (str(p.dtype)[6:] for p in model.parameters() if p.is_floating_point()), None
+        ),
         "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
     }
     folder = Path(folder)
@@ -165,6 +168,8 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     model = _dense(source, folder)
+    if source.get("dtype"):
+        model.to(getattr(torch, source["dtype"]))
     load_pruned(model, folder)
     return model
 
@@ -174,11 +179,11 @@ def _dense(source: dict[str, Any], folder: Any) -> nn.Module:
     if library == "timm":
         import timm
 
-        return timm.create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
+        return timm.create_model(name, **{**arguments, "pretrained": False})  # type: ignore[no-any-return]
     if library == "open_clip":
         import open_clip
 
-        return open_clip.create_model(name, **arguments).visual  # type: ignore[no-any-return]
+        return open_clip.create_model(name, **{**arguments, "pretrained": None}).visual  # type: ignore[no-any-return]
     if library == "transformers":
         try:
             import transformers
@@ -190,6 +195,12 @@ def _dense(source: dict[str, Any], folder: Any) -> nn.Module:
         f"{folder} does not say where its model came from; build the dense model and use "
         "load_pruned, or save it again with library= and name="
     )
+
+
+def _dtype(model: nn.Module) -> str | None:
+    """The floating dtype of the model's first such parameter."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
 
 
 def _check_sites(plan: PruningPlan) -> None:

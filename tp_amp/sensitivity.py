@@ -19,6 +19,7 @@ def output_sensitivity(
     batches: Iterable[Any],
     objective: Objective,
     *,
+    skip_unused: bool = False,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Mean over images of the sum over tokens of g g^T, g the gradient at a layer's output.
@@ -32,6 +33,7 @@ def output_sensitivity(
         layers: module paths of Linears or convolutions.
         batches: unlabelled images.
         objective: what the model is for.
+        skip_unused: leave out layers that the objective does not depend on.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -45,14 +47,19 @@ def output_sensitivity(
     images = 0
     with observing(model, gradients=True):
         for inputs in stream(batches, model, description="sensitivity", progress=progress):
-            for name, gradient in _gradients(model, layers, inputs, resolved).items():
+            gradients = _gradients(model, layers, inputs, resolved, skip_unused)
+            for name, gradient in gradients.items():
                 totals[name] = totals.get(name, 0) + gradient.T @ gradient
             images += inputs.images
     return {name: total / images for name, total in totals.items()}
 
 
 def _gradients(
-    model: nn.Module, layers: Collection[str], inputs: Inputs, objective: Objective
+    model: nn.Module,
+    layers: Collection[str],
+    inputs: Inputs,
+    objective: Objective,
+    skip_unused: bool,
 ) -> dict[str, Tensor]:
     """The gradients at the outputs of some layers, `(tokens, outputs)`."""
     outputs: dict[str, Tensor] = {}
@@ -70,9 +77,13 @@ def _gradients(
     gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
     missing += [name for name, gradient in found.items() if gradient is None]
-    if missing:
+    if missing and not skip_unused:
         raise ValueError(f"the objective does not depend on {missing}; leave them out")
-    return {name: _rows(model.get_submodule(name), gradient) for name, gradient in found.items()}
+    return {
+        name: _rows(model.get_submodule(name), gradient)
+        for name, gradient in found.items()
+        if gradient is not None
+    }
 
 
 def _loss(model: nn.Module, inputs: Inputs, objective: Objective) -> Tensor:
