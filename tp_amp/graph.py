@@ -170,11 +170,19 @@ def _trace(
     forward_fn: Callable[..., Any] | None,
 ) -> TracedGraph:
     run = runner(model, forward_fn)
+    calls: dict[nn.Module, Call] = {}
+
+    def recorded(*_: Any, **__: Any) -> None:
+        calls.update(_record_calls(model, inputs, run))
+
+    # Without values no gradients are taken through the calls, so one pass records all.
+    once = _has_no_values(model)
     with evaluating(model, trainable=False):
-        reads_images = _record_readers(model, inputs, run)
+        reads_images = _record_readers(model, inputs, recorded if once else run)
     with evaluating(model, trainable=True):
         # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
-        calls = _record_calls(model, inputs, run)
+        if not once:
+            recorded()
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
         graph = build(raw, customized_pruners=per_channel_pruners(model))
