@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 
 import open_clip
 import pytest
@@ -291,3 +292,40 @@ def test_meta_device_finds_the_same(name: str) -> None:
     size = real.default_cfg["input_size"]
     found = tp_amp.find_mlps(model, torch.empty(1, *size, device="meta"))
     assert found == tp_amp.find_mlps(real, torch.randn(1, *size))
+
+
+class Between(nn.Module):
+    """Two-dimensional inputs, as many as hidden channels, with something in between."""
+
+    def __init__(self, between: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.between(torch.relu(self.up(x)), self.table))
+
+
+# Each keeps all sizes, so that shapes alone can't tell.
+MIXING_2D = {
+    "product": lambda h, table: h @ table,
+    "product with bias": lambda h, table: nn.functional.linear(h, table, table[0]),
+    "transposed": lambda h, table: h.t(),
+    "outer product": lambda h, table: h.view(8, 8, 1) * table[0],
+    "shuffled": lambda h, table: h.view(8, 2, 4).transpose(1, 2).reshape(8, 8),
+    "two products": lambda h, table: (h @ table) @ table,
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", MIXING_2D)
+def test_what_keeps_the_sizes_but_not_the_channels_is_left_out(name: str, device: str) -> None:
+    model = Between(MIXING_2D[name]).to(device)
+    assert tp_amp.find_mlps(model, torch.randn(8, 5, device=device)) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_two_dimensional_element_wise_is_found(device: str) -> None:
+    model = Between(lambda h, table: torch.sigmoid(h) * h).to(device)
+    assert [mlp.width for mlp in tp_amp.find_mlps(model, torch.randn(8, 5, device=device))] == [8]

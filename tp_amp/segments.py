@@ -76,14 +76,17 @@ def _keeps_channels(operation: Any, node: Any, width: int, ratio: int) -> bool:
     if name in _ELEMENT_WISE:
         return True
     if name in ("View", "UnsafeView", "ReshapeAlias"):  # of leading dimensions alone
-        return int(backward._saved_self_sym_sizes[-1]) in (width, ratio * width)
+        before, after = backward._saved_self_sym_sizes, backward._input_metadata[0].shape
+        return int(before[-1]) == int(after[-1]) and int(after[-1]) in (width, ratio * width)
     if name == "Split":  # halves of packed rows, in whole parts
         last = len(backward._saved_self_sym_sizes) - 1
         dimension = backward._saved_dim
         return backward._saved_split_size == width and dimension in (last, 2**64 - 1)
-    # A Linear is seen as its own product, of a weight that is transposed.
-    own = isinstance(node.module, nn.Linear) and operation in node.inputs
-    return name == "T" or (name in ("Addmm", "Mm") and own)
+    # A Linear of more than two dimensions is a view of its own product; nothing makes its weight.
+    if name in ("Addmm", "Mm"):
+        own = isinstance(node.module, nn.Linear) and node.grad_fn is not None
+        return own and "View" in node.grad_fn.name() and node.inputs == [operation]
+    return name == "T" and not operation.inputs
 
 
 def check_apart(
