@@ -91,19 +91,16 @@ def test_a_model_that_reads_values_is_traced_with_them() -> None:
     assert len(tp_amp.find_mlps(model, images(1))) == 2
 
 
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """The best of some runs, in CPU time, which other work on the machine leaves alone."""
-    best = float("inf")
-    for _ in range(repeats):
-        gc.collect()
-        gc.disable()  # it would go over all that other tests have left
-        try:
-            start = time.process_time()
-            function()
-            best = min(best, time.process_time() - start)
-        finally:
-            gc.enable()
-    return best
+def seconds(function: Callable[[], object]) -> float:
+    """CPU time of one run, without the collection of what other tests have left."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    finally:
+        gc.enable()
 
 
 def half(model: nn.Module, inputs: Tensor) -> tp_amp.PruningPlan:
@@ -113,26 +110,31 @@ def half(model: nn.Module, inputs: Tensor) -> tp_amp.PruningPlan:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_large_patch16_224", "swin_base_patch4_window7_224"])
-def test_finding_and_cutting_takes_less_than_constructing_metapruner(name: str) -> None:
-    """A fifth to a quarter where nothing else runs; the bound leaves room for other tests."""
+def test_finding_and_cutting_takes_a_third_of_constructing_metapruner(name: str) -> None:
+    """The two take turns, since a neighbour slows the caches down for a while."""
     model, inputs = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
     importance = tp.importance.MagnitudeImportance()
-    theirs = seconds(lambda: tp.pruner.MetaPruner(model, inputs, importance), 2)
-    plan = half(model, inputs)
-    copies = [copy.deepcopy(model) for _ in range(3)]
-    assert seconds(lambda: tp_amp.apply_plan(copies.pop(), inputs, plan)) < theirs / 2
+    plan, ratios = half(model, inputs), []
+    for _ in range(4):
+        cut = copy.deepcopy(model)
+        ours = seconds(lambda cut=cut: tp_amp.apply_plan(cut, inputs, plan))
+        ratios.append(ours / seconds(lambda: tp.pruner.MetaPruner(model, inputs, importance)))
+    assert min(ratios) < 1 / 3
 
 
 @pytest.mark.slow
 def test_time_grows_with_depth_no_faster_than_linearly() -> None:
-    def cost(depth: int) -> float:
-        model = timm.create_model("vit_tiny_patch16_224", **{**TINY, "depth": depth})
-        inputs = torch.randn(1, 3, 224, 224)
-        return seconds(lambda: tp_amp.find_mlps(model, inputs))
-
-    cost(2)
-    first, *more = [cost(depth) / depth for depth in (12, 24, 48, 96)]
-    assert max(more) < 1.5 * first  # 1.1 where nothing else runs
+    inputs = torch.randn(1, 3, 224, 224)
+    models = {
+        depth: timm.create_model("vit_tiny_patch16_224", **{**TINY, "depth": depth})
+        for depth in (12, 24, 48, 96)
+    }
+    best = dict.fromkeys(models, float("inf"))
+    for _ in range(6):
+        for depth, model in models.items():
+            taken = seconds(lambda model=model: tp_amp.find_mlps(model, inputs))
+            best[depth] = min(best[depth], taken / depth)
+    assert max(best.values()) < 1.2 * best[12]
 
 
 def test_graph_of_a_toy_has_real_modules() -> None:
