@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_amp.attention_adapt import exposing
+
+if TYPE_CHECKING:
+    from tp_amp.batches import Inputs
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -91,6 +98,24 @@ def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
         for content, original in zip(held, saved, strict=True):
             content.clear()
             content.update(original)
+
+
+def shapes_first(
+    model: nn.Module, inputs: Inputs, run: Callable[[Inputs, Mapping[Any, Any]], T]
+) -> T:
+    """Run something that needs no values on the meta device, or as it is where that fails.
+
+    Args:
+        model: what is run.
+        inputs: example inputs.
+        run: takes the inputs and the real parameter behind each stand-in.
+    """
+    try:
+        with on_meta(model) as real:
+            return run(inputs.to("meta"), real)
+    except Exception as error:
+        logger.debug("the model fails on the meta device: %s", error)
+    return run(inputs, {})
 
 
 @contextmanager

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tp_amp._state import observing
 from tp_amp.batches import bar, stream
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
-from tp_amp.hidden import hidden_moments
 from tp_amp.recipe import Recipe, apply, corrected, token_weights
 from tp_amp.refit import watch
 from tp_amp.search import Probe, accepted, search_width
@@ -162,6 +161,7 @@ class Compensator:
     def __init__(self, graph: Any, batches: Iterable[Any], recipe: Recipe) -> None:
         self.graph, self.batches, self.recipe = graph, batches, recipe
         self._moments: tuple[str, Moments] | None = None
+        self._targets: tuple[str, list[Tensor]] | None = None
 
     def correction(self, site: Site, kept: list[int]) -> Correction | None:
         """The correction of a site's `down` once only `kept` channels or heads are left."""
@@ -171,33 +171,36 @@ class Compensator:
         if isinstance(site, Attention) or site.inner:
             moments = self._measured(site, down, kept)
         else:
-            first = site.first
-            moments = self._hidden(site).after_cut(
-                down.weight.detach().flatten(1)[:, first : first + site.width], kept
-            )
+            weight = down.weight.detach().flatten(1)[:, site.first : site.first + site.width]
+            moments = self._hidden(site, down).after_cut(weight, kept)
         bias = down.bias is not None or self.recipe.add_bias
         return corrected(site, moments, self.recipe, bias)
 
-    def _hidden(self, site: Site) -> Moments:
+    def _hidden(self, site: Site, down: nn.Module) -> Moments:
         if self._moments is None or self._moments[0] != site.down:
-            collected = hidden_moments(
-                self.graph.model,
-                [site.down],
-                self.batches,
-                recipe=self.recipe,
-                progress=False,
-            )[site.down]
-            first = getattr(site, "first", 0)
-            self._moments = site.down, collected.part(first, first + site.width)
+            moments = Moments()
+            for (values, _), weights in self._calls(site, down):
+                hidden = values[:, site.first : site.first + site.width]
+                moments.add(hidden, hidden[:, :0], weights)
+            self._moments = site.down, moments
         return self._moments[1]
 
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
-        model: nn.Module = self.graph.model
+        if self._targets is None or self._targets[0] != site.down:
+            self._targets = site.down, [output for (_, output), _ in self._calls(site, down)]
         moments = Moments()
+        with narrowed(self.graph, site, kept):
+            calls = self._calls(site, down)
+            for target, ((hidden, output), weights) in zip(self._targets[1], calls, strict=True):
+                moments.add(hidden, target - output, weights)
+        return moments
+
+    def _calls(
+        self, site: Site, down: nn.Module
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
+        """What `down` reads and gives on each batch, and the weights of the tokens."""
+        model: nn.Module = self.graph.model
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
-                (_, target), _ = watch(model, down, batch, stop=True)
-                with narrowed(self.graph, site, kept):
-                    (hidden, output), _ = watch(model, down, batch, stop=True)
-                moments.add(hidden, target - output, token_weights(self.recipe, batch))
-        return moments
+                call, _ = watch(model, down, site, batch, stop=True)
+                yield call, token_weights(self.recipe, batch)

@@ -142,7 +142,7 @@ def plan_for_target(
     ]
     if not sites:
         raise ValueError(f"no MLP to prune was found in {type(model).__name__}")
-    fused = [site.down for site in sites if getattr(site, "first", 0)]
+    fused = [site.down for site in sites if site.first]
     if fused:
         raise ValueError(
             f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "

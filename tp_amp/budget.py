@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tp_amp._state import on_meta
+from tp_amp._state import shapes_first
 from tp_amp.batches import Inputs
 from tp_amp.cutting import Site, narrowed
 from tp_amp.inspection import count_macs
@@ -113,19 +113,14 @@ def _costs(
 ) -> tuple[float, dict[str, float]]:
     """The dense model's cost, and that of one channel or head of each site."""
 
-    def costs(inputs: Inputs) -> tuple[float, dict[str, float]]:
+    def costs(inputs: Inputs, _: Any) -> tuple[float, dict[str, float]]:
         dense, units = measure(model, inputs), {}
         for site in sites:
             with narrowed(graph, site, range(1, site.width)):
                 units[site.down] = dense - measure(model, inputs)
         return dense, units
 
-    try:
-        with on_meta(model):
-            return costs(inputs.to("meta"))
-    except Exception as error:
-        logger.debug("the model fails on the meta device: %s", error)
-        return costs(inputs)
+    return shapes_first(model, inputs, costs)
 
 
 def _parameters(model: nn.Module, inputs: Inputs) -> float:

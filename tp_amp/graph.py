@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp._state import evaluating, hooks, on_meta
+from tp_amp._state import evaluating, hooks, shapes_first
 from tp_amp.batches import Inputs, example, runner
 
 logger = logging.getLogger(__name__)
@@ -150,22 +150,17 @@ def build_graph(
         warnings.filterwarnings("ignore", message="Maximum recursive depth reached")
         inputs = example(example_inputs)
         trace = partial(_trace, model, build=build, forward_fn=forward_fn)
-        if not on_meta_device:
-            return trace(inputs)
-        try:
-            with on_meta(model) as real:
-                traced = trace(inputs.to("meta"))
-            _give_parameters_back(traced.graph, real)
-        except Exception as error:
-            logger.debug("the model fails on the meta device: %s", error)
-            return trace(inputs)
-    record = partial(_record_values, model, inputs, forward_fn)
-    return replace(traced, values=None if _has_no_values(model) else record)
+        traced = shapes_first(model, inputs, trace) if on_meta_device else trace(inputs, {})
+    shapes_alone = any(call.input.is_meta for call in traced.calls.values())
+    if shapes_alone and not _has_no_values(model):
+        traced.values = partial(_record_values, model, inputs, forward_fn)
+    return traced
 
 
 def _trace(
     model: nn.Module,
     inputs: Inputs,
+    real: Mapping[Any, Any],
     build: Callable[..., Any],
     forward_fn: Callable[..., Any] | None,
 ) -> TracedGraph:
@@ -186,6 +181,7 @@ def _trace(
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
         graph = build(raw, customized_pruners=per_channel_pruners(model))
+    _give_parameters_back(graph, real)
     return TracedGraph(calls, reads_images, graph)
 
 
@@ -200,7 +196,7 @@ def _has_no_values(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _give_parameters_back(graph: Any, real: dict[nn.Parameter, nn.Parameter]) -> None:
+def _give_parameters_back(graph: Any, real: Mapping[Any, Any]) -> None:
     """Put the real parameters where Torch-Pruning keeps those that belong to no layer."""
     graph._param_to_name = {real.get(p, p): name for p, name in graph._param_to_name.items()}
     graph.unwrapped_parameters = [

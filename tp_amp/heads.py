@@ -65,6 +65,21 @@ class Attention:
         return "heads"
 
     @property
+    def unit_width(self) -> int:
+        """Input channels of `down` that one of its `width` is."""
+        return self.head_width
+
+    @property
+    def first(self) -> int:
+        """The input channel of `down` that belongs to its first head."""
+        return 0
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Norms over its hidden channels that are cut too: `tensors` holds those of heads."""
+        return ()
+
+    @property
     def holder(self) -> str:
         """Path of the module whose forward makes q, k and v."""
         return self.name if self.up == (self.name,) else self.up[0].rpartition(".")[0]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tp_amp._state import hooks, observing
 from tp_amp.batches import check_batches, stream
 from tp_amp.compensation import Moments
-from tp_amp.recipe import Recipe, token_weights
 
 # Covariances of all layers at once may take that many bytes; more are collected in turns.
 _BYTES = 2**30
@@ -23,21 +22,19 @@ def hidden_moments(
     batches: Iterable[Any],
     *,
     progress: bool,
-    recipe: Recipe | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the inputs of some layers, over all tokens, weighted as a recipe says.
+    """Moments of the inputs of some layers, over all tokens.
 
     Raises:
         ValueError: a layer is never called.
     """
     moments: dict[str, Moments] = {name: Moments() for name in layers}
-    weights: Tensor | None = None
 
     def watch(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
             hidden = values.reshape(-1, values.shape[-1])
-            moments[name].add(hidden, hidden[:, :0], weights)
+            moments[name].add(hidden, hidden[:, :0])
 
         return add
 
@@ -46,7 +43,6 @@ def hidden_moments(
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
         for inputs in stream(batches, model, description="covariances", progress=progress):
-            weights = token_weights(recipe, inputs) if recipe else None
             inputs.call(model)
     for name, collected in moments.items():
         if not collected.count:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tp_amp._state import evaluating, on_meta
+from tp_amp._state import evaluating, shapes_first
 from tp_amp.attention import read_attentions
 from tp_amp.attention_adapt import exposing
 from tp_amp.batches import Inputs, example, runner
@@ -116,20 +116,11 @@ def inspect(
     for name, reason in kept_layers.items():
         logger.warning("%s belongs to no group and stays whole: %s", name, reason)
     holders = [attention.name for attention in attentions] + list(kept_attentions)
-    macs = _macs(model, example(example_inputs), forward_fn)
+    macs = shapes_first(
+        model, example(example_inputs), lambda inputs, _: count_macs(model, inputs, forward_fn)
+    )
     shares = _shares(model, macs, mlps, holders)
     return Inspection(type(model).__name__, mlps, attentions, kept_attentions, kept_layers, shares)
-
-
-def _macs(
-    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
-) -> dict[str, float]:
-    try:
-        with on_meta(model):
-            return count_macs(model, inputs.to("meta"), forward_fn)
-    except Exception as error:
-        logger.debug("the model fails on the meta device: %s", error)
-        return count_macs(model, inputs, forward_fn)
 
 
 def count_macs(
@@ -197,7 +188,7 @@ def _describe(site: MLP | Attention) -> str:
     path = f"{site.name}." if site.name else ""
     # An nn.MultiheadAttention makes q, k and v itself.
     up = ["in_proj" if name == site.name else name.removeprefix(path) for name in site.up]
-    inner = [name.removeprefix(path) for name in getattr(site, "inner", ())]
+    inner = [name.removeprefix(path) for name in site.inner]
     layers = " -> ".join([" + ".join(up), *inner, site.down.removeprefix(path)])
     return f"{site.width} {site.units}, {layers}"
 

@@ -49,6 +49,11 @@ class MLP:
         """What its `width` counts."""
         return "channels"
 
+    @property
+    def unit_width(self) -> int:
+        """Input channels of `down` that one of its `width` is."""
+        return 1
+
 
 def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     """Find every MLP of `model`, in the order of the forward pass.

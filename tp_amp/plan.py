@@ -247,7 +247,7 @@ def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: 
         raise ValueError(
             f"the importance has no score for the {type(site).__name__} {site.down}; see the log"
         )
-    channels = site.width * (site.head_width if isinstance(site, Attention) else 1)
+    channels = site.width * site.unit_width
     bad = int((~torch.isfinite(scores)).sum())
     if scores.shape != (channels,) or bad:
         raise ValueError(

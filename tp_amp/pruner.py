@@ -229,7 +229,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         if fitted is None:
             return
         down: Any = self.model.get_submodule(site.down)
-        width = getattr(site, "first", 0) + fitted.weight.shape[1]
+        width = site.first + fitted.weight.shape[1]
         if down.weight.shape[1] != width:
             raise ValueError(
                 f"the group of {site.down} was not pruned before the next one was asked for, so "

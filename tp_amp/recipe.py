@@ -52,7 +52,7 @@ def apply(layer: nn.Module, site: Site, correction: Correction) -> None:
     """Add a correction to a cut layer's weight and bias."""
     weight: Any = layer.weight
     changed = weight.detach().clone()
-    width, first = correction.weight.shape[1], getattr(site, "first", 0)
+    width, first = correction.weight.shape[1], site.first
     added = correction.weight.to(changed).view(len(changed), width, *changed.shape[2:])
     changed[:, first : first + width] += added
     layer._parameters["weight"] = nn.Parameter(changed, weight.requires_grad)

@@ -96,7 +96,7 @@ class _Walk:
             goes_on = site is inside[-1] and step is not self.last
             targets = []
             for state in self.dense:
-                call, output = watch(module, down, _inputs(step, state), stop=not goes_on)
+                call, output = watch(module, down, site, _inputs(step, state), stop=not goes_on)
                 targets.append(call[1])
                 following += [first_tensor(output)] if goes_on else []
             before = inside[: inside.index(site)]
@@ -116,10 +116,9 @@ class _Walk:
         down = self.model.get_submodule(site.down)
         moments = Moments()
         for state, target, weights in zip(self.cut, targets, self.weights, strict=True):
-            (hidden, output), _ = watch(module, down, _inputs(step, state), stop=True)
-            width = _channels(site, len(self.keep[site.down]))
-            first = getattr(site, "first", 0)
-            moments.add(hidden[:, first : first + width], target - output, weights)
+            (hidden, output), _ = watch(module, down, site, _inputs(step, state), stop=True)
+            width = len(self.keep[site.down]) * site.unit_width
+            moments.add(hidden[:, site.first : site.first + width], target - output, weights)
         return moments
 
     @contextmanager
@@ -139,21 +138,21 @@ class _Stop(Exception):
 
 
 def watch(
-    module: nn.Module, layer: nn.Module, inputs: Inputs, *, stop: bool
+    module: nn.Module, down: nn.Module, site: Site, inputs: Inputs, *, stop: bool
 ) -> tuple[tuple[Tensor, Tensor], Any]:
-    """Run a module; give a layer's input and output as `(tokens, channels)`, and the output."""
+    """Run a module; give `down`'s input and output as `(tokens, channels)`, and the output."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((_tokens(layer, args[0]), _tokens(layer, output)))
+        seen.append((_tokens(down, args[0]), _tokens(down, output)))
         if stop:
             raise _Stop
 
     output = None
-    with hooks([layer.register_forward_hook(see)]), suppress(_Stop):
+    with hooks([down.register_forward_hook(see)]), suppress(_Stop):
         output = inputs.call(module)
     if not seen:
-        raise ValueError(f"{type(layer).__name__} was not called on a batch; check the batches")
+        raise ValueError(f"{site.down} was not called on a batch; check the batches")
     return seen[0], output
 
 
@@ -161,11 +160,6 @@ def _tokens(layer: nn.Module, values: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         values = values.movedim(1, -1)
     return values.reshape(-1, values.shape[-1])
-
-
-def _channels(site: Site, units: int) -> int:
-    """How many input channels of `down` some channels or heads are."""
-    return units * getattr(site, "head_width", 1)
 
 
 def _inputs(step: Step, state: Any) -> Inputs:

@@ -70,8 +70,8 @@ def save_pruned(
     _check_sites(plan)
     for down, kept in plan.keep.items():
         site = plan.sites[down]
-        found = _width(model, down) - getattr(site, "first", 0)
-        expected = len(kept) * getattr(site, "head_width", 1)
+        found = _width(model, down) - site.first
+        expected = len(kept) * site.unit_width
         if found != expected:
             raise ValueError(
                 f"{down} has {found} input channels, the plan keeps {expected}; save the model "
@@ -125,7 +125,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
     for down, kept in plan.keep.items():
         site = plan.sites[down]
         check_kept(site, kept)
-        expected = site.width * getattr(site, "head_width", 1) + getattr(site, "first", 0)
+        expected = site.width * site.unit_width + site.first
         found = _width(model, down)
         if found != expected:
             raise ValueError(
