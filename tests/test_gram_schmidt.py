@@ -204,21 +204,22 @@ def test_bad_weights_are_named() -> None:
 
 
 @pytest.mark.slow
-def test_many_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
-    """Both in float64, in CPU seconds of one thread, which other load hardly disturbs."""
-    weight = random(3072, 768)
+def test_ten_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
+    """Both in float64, in CPU seconds of one thread; the two take turns on a noisy machine."""
+    weight, ratios = random(3072, 768), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        start = time.process_time()
-        expected = naive_round(weight, 768)
-        middle = time.process_time()
-        order = tp_amp.gram_schmidt_order(weight, 768)
-        end = time.process_time()
+        for _ in range(3):
+            start = time.process_time()
+            expected = naive_round(weight, 768)
+            middle = time.process_time()
+            order = tp_amp.gram_schmidt_order(weight, 768)
+            ratios.append((middle - start) / (time.process_time() - middle))
+            assert order.tolist() == expected
     finally:
         torch.set_num_threads(threads)
-    assert order.tolist() == expected
-    assert middle - start > 5 * (end - middle)
+    assert max(ratios) > 10
 
 
 @pytest.mark.slow
