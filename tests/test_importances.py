@@ -325,19 +325,6 @@ weights_alone = pytest.mark.parametrize(
 )
 
 
-def failing(*names: str, reason: str, raises: Any = AssertionError) -> Any:
-    """All importances, of which some are known to fail."""
-    assert set(names) <= set(ENTRIES)
-    mark = pytest.mark.xfail(strict=True, reason=reason, raises=raises)
-    return pytest.mark.parametrize(
-        "entry",
-        [
-            pytest.param(entry, id=key, marks=[mark] if key in names else [])
-            for key, entry in ENTRIES.items()
-        ],
-    )
-
-
 def group_of(model: nn.Module, case: Case, site: Site, channels: Sequence[int] = ()) -> Any:
     inputs = case.images(1).to(next(model.parameters()).dtype)
     graph = tp.DependencyGraph().build_dependency(model, (inputs,), verbose=False)
@@ -565,7 +552,7 @@ def outcome(importance: Any, group: Any) -> Tensor:
     return scores
 
 
-@failing("DIMAP", reason="each layer's energy is finite, their sum is not: NaN among the scores")
+@every_importance
 def test_no_score_is_nan_where_a_sum_of_layers_overflows(entry: Entry) -> None:
     case, site = CASES["plain"], CASES["plain"].sites["blocks.0.mlp"]
     model = case.build()
@@ -599,7 +586,7 @@ def test_collected_scores_of_another_width() -> None:
         importance(group)
 
 
-@failing(*ENTRIES, reason="a bare IndexError that names no layer", raises=IndexError)
+@every_importance
 def test_a_group_made_before_a_cut(entry: Entry) -> None:
     """Its last channels are gone; a pruner of Torch-Pruning makes new groups at each step."""
     case, site = CASES["plain"], CASES["plain"].sites["blocks.0.mlp"]
@@ -777,13 +764,13 @@ def test_changed_weights_are_scored_anew(entry: Entry, change: str) -> None:
     assert_follows(entry, CHANGES[change])
 
 
-@failing("entropy Taylor", reason="a change through parameter.data goes unnoticed")
+@every_importance
 @pytest.mark.parametrize("change", HIDDEN_CHANGES)
 def test_weights_changed_through_data_are_scored_anew(entry: Entry, change: str) -> None:
     assert_follows(entry, HIDDEN_CHANGES[change])
 
 
-@failing("entropy Taylor", reason="a change of buffers (running statistics) goes unnoticed")
+@every_importance
 def test_changed_buffers_are_scored_anew(entry: Entry) -> None:
     case, site = CASES["convolutions"], CASES["convolutions"].sites["first"]
     model, every = case.build(), list(range(20))

@@ -147,6 +147,26 @@ def seeded(seed: int) -> Iterator[None]:
         numpy.random.set_state(state[2])
 
 
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when a parameter or buffer is replaced (pruning) or changed (training).
+
+    A change through `.data` leaves no trace but in the values, of which a few of each tensor are
+    looked at: training changes them all.
+    """
+    return tuple(
+        (id(tensor), tensor._version, tensor.shape, _some_values(tensor.detach()))
+        for tensor in tensors
+    )
+
+
+def _some_values(tensor: Tensor) -> bytes:
+    if tensor.is_meta:
+        return b""
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
+    few = flat[:: max(1, len(flat) // 16)]
+    return bytes(few.to("cpu", torch.float32).numpy().tobytes())
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():

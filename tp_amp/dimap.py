@@ -46,7 +46,7 @@ class DIMAPImportance(tp.importance.Importance):  # type: ignore[misc]
             None, with a logged reason, for a group without a Linear or a convolution.
 
         Raises:
-            ValueError: weights are not finite.
+            ValueError: weights are not finite, or their squares.
         """
         energy, _ = sum_channels(group, _energy)
         if energy is None:
@@ -54,6 +54,11 @@ class DIMAPImportance(tp.importance.Importance):  # type: ignore[misc]
                 "no score for the group of %s: no Linear or convolution is in it", root_name(group)
             )
             return None
+        if not bool(torch.isfinite(energy).all()):
+            raise ValueError(
+                f"the energies of the channels of {root_name(group)} sum to more than float32 "
+                "holds; load sound weights before pruning"
+            )
         ranked, order = energy.sort(descending=True, stable=True)
         return torch.empty_like(energy).scatter_(0, order, _distortion(ranked))
 

@@ -72,8 +72,19 @@ def group_layers(group: Any) -> Iterator[GroupLayer]:
             continue
         module = item.dep.target.module
         name = group._DG._module2name[module]
+        channels = _channels(module, side)
+        if item.idxs and max(item.idxs) >= channels:
+            raise ValueError(
+                f"the group has channel {max(item.idxs)} of {name}, which has {channels}; it was "
+                "made before a cut: make a new one"
+            )
         roots = [places[root] for root in item.root_idxs]
         yield GroupLayer(name, module, side, list(item.idxs), roots)
+
+
+def _channels(module: Any, side: Literal["in", "out"]) -> int:
+    kind = "features" if isinstance(module, nn.Linear) else "channels"
+    return int(getattr(module, f"{side}_{kind}"))
 
 
 def root_name(group: Any) -> str:

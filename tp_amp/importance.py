@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp._state import check_finite, hooks, observing
+from tp_amp._state import check_finite, fingerprint, hooks, observing
 from tp_amp.batches import Inputs, check_batches, stream
 from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
@@ -73,7 +73,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             check_batches(data)
         self.data = data
         self.scores: dict[str, Tensor] = {}
-        self._weights: list[tuple[int, int, torch.Size]] = []
+        self._fingerprint: tuple[Any, ...] = ()
         self._layers: Collection[str] | None = ()
         self._own_loss = False
         self._told_loss = False
@@ -116,7 +116,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
                 recorder.run(model, inputs, objective)
         scores = recorder.means()
         self.scores, self._layers = scores, layers
-        self._resolved, self._weights = objective, _weights(model)
+        self._resolved, self._fingerprint = objective, _fingerprint(model)
         return self
 
     def refresh(
@@ -132,7 +132,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         if self.data is None:
             return
         missing = self._layers is not None and not set(layers or ("",)) <= set(self._layers)
-        if missing or self._weights != _weights(model):
+        if missing or self._fingerprint != _fingerprint(model):
             self.collect(model, self.data, layers=layers, progress=progress)
 
     def loss(self, output: Any) -> Tensor:
@@ -282,11 +282,8 @@ class _Recorder:
         return scores
 
 
-def _weights(model: nn.Module) -> list[tuple[int, int, torch.Size]]:
-    """Changes when a parameter is replaced (pruning) or changed in place (an optimizer)."""
-    return [
-        (id(parameter), parameter._version, parameter.shape) for parameter in model.parameters()
-    ]
+def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    return fingerprint((*model.parameters(), *model.buffers()))
 
 
 def _weight_times_gradient(layer: GroupLayer) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from tp_amp._state import fingerprint
 from tp_amp.batches import check_batches
 from tp_amp.groups import group_layers
 from tp_amp.hidden import hidden_moments, in_turns, narrowing_layers
@@ -121,7 +121,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         self.data = data
         self.orders: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[Any, int]] = {}
+        self._seen: dict[str, tuple[Any, ...]] = {}
 
     @torch.no_grad()
     def collect(
@@ -164,7 +164,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
                 seen = roots[name] @ seen if name in roots else seen
                 self.orders[name], errors = reconstruction_order(moments[name].inputs, seen)
                 self.errors[name] = (errors / 2 if name in roots else errors).cpu()
-                self._versions[name] = weakref.ref(weight), weight._version
+                self._seen[name] = fingerprint([weight])
         return self
 
     def _roots(
@@ -190,8 +190,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     def knows(self, name: str, layer: nn.Module) -> bool:
         """Whether a layer was collected with the weight that it has now."""
         weight: Any = layer.weight
-        seen, version = self._versions.get(name, (None, 0))
-        return seen is not None and seen() is weight and version == weight._version
+        return self._seen.get(name) == fingerprint([weight])
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
