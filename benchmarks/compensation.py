@@ -112,7 +112,7 @@ class Comparison:
                 fitted = correct(cut, "affine", bias=False, ridge=1e-3)
             else:
                 fitted = correct(cut, method)  # type: ignore[arg-type]
-            apply(self._down(mlp.down, model), mlp, fitted)
+            apply(self._down(mlp.down, model), fitted, mlp.first)
         return accuracy(model, self.bench.images, self.bench.labels, 64)
 
 

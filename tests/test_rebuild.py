@@ -544,3 +544,47 @@ def test_layer_called_twice_raises() -> None:
     with pytest.raises(ValueError, match="each layer called once"):
         tp_amp.compensate(model, tp_amp.PruningPlan({"mlp.second": [0, 1]}), [torch.randn(30, 6)])
     assert fingerprint(model)["values"] == before["values"]
+
+
+def by_hand(model: nn.Module, cut: nn.Module, keep: Keep, data: Tensor) -> nn.Module:
+    """Every Linear between the two, each by least squares on the model fitted so far."""
+    cut = copy.deepcopy(cut)
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name in names[names.index(DOWN[0]) : names.index(DOWN[1]) + 1]:
+        x, _ = stored(cut, name, data)
+        _, y = stored(model, name, data)
+        rows = keep.get(name.replace("first", "second")) if name.endswith("first") else None
+        weight, bias = lstsq(x, y if rows is None else y[:, rows], intercept=True)
+        layer: Any = cut.get_submodule(name)
+        layer.weight.data, layer.bias.data = weight.to(data), bias.to(data)
+    return cut
+
+
+def test_every_linear_is_fitted_on_the_model_fitted_before_it() -> None:
+    model, data = toy().double(), images(64).double()
+    keep = {DOWN[0]: [0, 3, 4, 9, 11], DOWN[1]: [1, 2, 8]}
+    cut, _ = compensated(model, keep, [data], method="none")
+    expected = by_hand(model, cut, keep, data)
+    found, fitted = compensated(model, keep, data.split(16), ridge=TINY, every_linear=True)
+    assert next(iter(fitted)) == DOWN[0]
+    assert len(fitted) > len(keep)
+    assert relative(found(data), expected(data)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "family", ["packed gated", "fused parallel", "swin with heads", "open_clip with heads"]
+)
+def test_every_linear_of_a_family_loses_error(family: str) -> None:
+    make, heads, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model, example = make()
+    model = perturbed(model)
+    batch = torch.randn(12, *example.shape[1:], generator=torch.Generator().manual_seed(2))
+    plan = plan_of(model, example, heads)
+    plain = copy.deepcopy(model)
+    tp_amp.apply_plan(plain, example, plan)
+    cut, fitted = compensated(model, plan, batch.split(7), every_linear=True)
+    assert fitted.keys() > plan.keep.keys()
+    assert all(0 <= c.error <= c.error_before for c in fitted.values())
+    touched = {n for n, p in cut.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
+    assert touched <= {f"{name}.{kind}" for name in fitted for kind in ("weight", "bias")}

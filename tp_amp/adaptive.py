@@ -16,8 +16,8 @@ from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
 from tp_amp.recipe import Recipe, apply, corrected, token_weights
-from tp_amp.refit import watch
 from tp_amp.search import Probe, accepted, search_width
+from tp_amp.watching import watch
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class WidthSearch:
         correction = self.compensator.correction(site, kept)
         stack.enter_context(narrowed(self.graph, site, kept))
         if correction is not None:
-            apply(self.graph.model.get_submodule(site.down), site, correction)
+            apply(self.graph.model.get_submodule(site.down), correction, site.first)
 
 
 class Compensator:
@@ -174,7 +174,7 @@ class Compensator:
             weight = down.weight.detach().flatten(1)[:, site.first : site.first + site.width]
             moments = self._hidden(site, down).after_cut(weight, kept)
         bias = down.bias is not None or self.recipe.add_bias
-        return corrected(site, moments, self.recipe, bias)
+        return corrected(site.down, moments, self.recipe, bias)
 
     def _hidden(self, site: Site, down: nn.Module) -> Moments:
         if self._moments is None or self._moments[0] != site.down:
@@ -202,5 +202,5 @@ class Compensator:
         model: nn.Module = self.graph.model
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
-                call, _ = watch(model, down, site, batch, stop=True)
+                call, _ = watch(model, model, site.down, batch, stop=True)
                 yield call, token_weights(self.recipe, batch)

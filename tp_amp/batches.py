@@ -104,6 +104,16 @@ def _autograd_ready(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+def one_image(batch: Inputs, count: int = 1) -> Inputs:
+    """The first image of a batch, or the first few."""
+
+    def few(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and len(value) == batch.images
+        return value[:count] if whole else value
+
+    return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
+
+
 def example(inputs: Any) -> Inputs:
     """Read example inputs as Torch-Pruning does: a tensor, a sequence, or keyword arguments."""
     if isinstance(inputs, Mapping):

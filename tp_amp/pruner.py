@@ -87,7 +87,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         mlps: the MLPs it prunes, in the order of the forward pass.
         attentions: the attentions it prunes; none without `prune_num_heads`.
         plan: after `step`, names, kept channels, widths, and the entropy at every probe.
-        corrections: after `step`, what compensation adds to each cut layer, by `down`.
+        corrections: after `step`, what compensation adds to each layer.
 
     Raises:
         ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
@@ -223,6 +223,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             for group in cut(self.DG, site, self.plan.keep[site.down]):
                 yield group
                 self._correct(site)
+        for name in self.corrections.keys() - {site.down for site in self._sites}:
+            apply(self.model.get_submodule(name), self.corrections[name])
 
     def _correct(self, site: Site) -> None:
         fitted = self.corrections.get(site.down)
@@ -235,7 +237,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 f"the group of {site.down} was not pruned before the next one was asked for, so "
                 "that its compensation does not fit; prune each group as it comes"
             )
-        apply(down, site, fitted)
+        apply(down, fitted, site.first)
 
     @torch.no_grad()
     def _search(self) -> PruningPlan:

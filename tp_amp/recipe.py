@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from tp_amp.batches import Inputs
 from tp_amp.compensation import METHODS, RIDGE, Correction, Method, Moments, correct
-from tp_amp.cutting import Site
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ class Recipe:
     Attributes:
         method: `"none"`, `"mean"` or `"affine"`.
         ridge: lambda relative to the mean diagonal of the kept channels' covariance.
-        add_bias: give layers without a bias one.
+        add_bias: give layers that are fitted and have no bias one.
+        every_linear: fit the Linears between the first and the last cut layer too, against what
+            they give in the dense model.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
             the weight of each token, `(images, tokens)`, 0 for padding; by default all are 1.
 
@@ -40,6 +42,7 @@ class Recipe:
     ridge: float = RIDGE
     add_bias: bool = False
     token_weights: Callable[[Any], Tensor] | None = None
+    every_linear: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -48,11 +51,11 @@ class Recipe:
             raise ValueError(f"ridge must be zero or more, found {self.ridge}")
 
 
-def apply(layer: nn.Module, site: Site, correction: Correction) -> None:
-    """Add a correction to a cut layer's weight and bias."""
+def apply(layer: nn.Module, correction: Correction, first: int = 0) -> None:
+    """Add a correction to a layer's weight, from input channel `first` on, and to its bias."""
     weight: Any = layer.weight
     changed = weight.detach().clone()
-    width, first = correction.weight.shape[1], site.first
+    width = correction.weight.shape[1]
     added = correction.weight.to(changed).view(len(changed), width, *changed.shape[2:])
     changed[:, first : first + width] += added
     layer._parameters["weight"] = nn.Parameter(changed, weight.requires_grad)
@@ -64,19 +67,30 @@ def apply(layer: nn.Module, site: Site, correction: Correction) -> None:
         layer._parameters["bias"] = nn.Parameter(moved, required)
 
 
-def corrected(site: Site, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
+@contextmanager
+def applied(layer: nn.Module, correction: Correction, first: int) -> Iterator[None]:
+    """Let a layer run with a correction; on exit it has its own parameters back."""
+    own = dict(layer._parameters)
+    apply(layer, correction, first)
+    try:
+        yield
+    finally:
+        layer._parameters.update(own)
+
+
+def corrected(name: str, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
     """Solve for one layer's correction, and say what stands against it."""
-    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=site.down)
+    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=name)
     kept = correction.weight.shape[1]
     if moments.tokens < 10 * kept:
         logger.warning(
             "%s: %d tokens for %d kept channels are few; fit on more images",
-            site.down,
+            name,
             moments.tokens,
             kept,
         )
     if not bias:
-        logger.info("%s has no bias to correct; add_bias=True gives it one", site.down)
+        logger.info("%s has no bias to correct; add_bias=True gives it one", name)
     return correction
 
 

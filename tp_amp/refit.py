@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import hooks, observing
-from tp_amp.batches import Inputs, bar, stream
+from tp_amp._state import observing
+from tp_amp.batches import Inputs, bar, one_image, stream
 from tp_amp.chain import Step, find_chain, first_tensor
 from tp_amp.compensation import Correction, Moments
-from tp_amp.cutting import Site, narrowed
-from tp_amp.recipe import Recipe, apply, corrected, token_weights
+from tp_amp.cutting import Site, narrowed, site_group
+from tp_amp.groups import group_layers
+from tp_amp.recipe import Recipe, applied, corrected, token_weights
+from tp_amp.watching import calls_in_order, first_argument, watch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to fit.
+
+    Attributes:
+        name: its path.
+        site: what it reads of, where its inputs are cut.
+        outputs: which of the dense layer's outputs stay; all where None.
+    """
+
+    name: str
+    site: Site | None = None
+    outputs: tuple[int, ...] | None = None
+
+    def inputs(self, values: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
+        """What of the layer's input, once it is cut, the correction reads."""
+        if self.site is None:
+            return values
+        first = self.site.first
+        return values[:, first : first + len(kept[self.name]) * self.site.unit_width]
 
 
 @torch.no_grad()
@@ -45,7 +70,7 @@ def fit(
         progress: show a progress bar on a terminal.
 
     Returns:
-        `down` -> correction, in the order of the forward pass.
+        Layer -> correction, in the order of the forward pass.
     """
     sites = [site for site in sites if len(keep[site.down]) < site.width]
     if recipe.method == "none" or not sites:
@@ -59,7 +84,8 @@ def fit(
         chain = [Step("")]
         if len(sizes) == 1:
             chain = find_chain(model, few, [site.name for site in sites])
-        walk = _Walk(graph, _in_call_order(model, few, sites), keep, recipe, inputs, chain)
+        layers = _layers(graph, few, sites, keep, recipe)
+        walk = _Walk(graph, layers, keep, recipe, inputs, chain)
         for step in bar(chain, description="compensation", progress=progress):
             walk.take(step)
     return walk.corrections
@@ -71,13 +97,13 @@ class _Walk:
     def __init__(
         self,
         graph: Any,
-        sites: list[Site],
+        layers: list[_Layer],
         keep: Mapping[str, Sequence[int]],
         recipe: Recipe,
         inputs: list[Inputs],
         chain: list[Step],
     ) -> None:
-        self.graph, self.sites, self.keep, self.recipe = graph, sites, keep, recipe
+        self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
         self.weights = [token_weights(recipe, batch) for batch in inputs]
@@ -88,78 +114,91 @@ class _Walk:
     def take(self, step: Step) -> None:
         """Fit the layers inside one step, and take all batches to the next."""
         prefix = f"{step.name}." if step.name else ""
-        inside = [site for site in self.sites if site.down.startswith(prefix)]
+        inside = [x for x in self.layers if x.name == step.name or x.name.startswith(prefix)]
         module = self.model.get_submodule(step.name)
         following: list[Any] = []
-        for site in inside:
-            down = self.model.get_submodule(site.down)
-            goes_on = site is inside[-1] and step is not self.last
+        for layer in inside:
+            goes_on = layer is inside[-1] and step is not self.last
             targets = []
             for state in self.dense:
-                call, output = watch(module, down, site, _inputs(step, state), stop=not goes_on)
-                targets.append(call[1])
+                (_, target), output = watch(
+                    module, self.model, layer.name, _inputs(step, state), stop=not goes_on
+                )
+                targets.append(target if layer.outputs is None else target[:, layer.outputs])
                 following += [first_tensor(output)] if goes_on else []
-            before = inside[: inside.index(site)]
-            with self._applied([*before, site]):
-                moments = self._moments(site, module, step, targets)
-            bias = getattr(down, "bias", None) is not None or self.recipe.add_bias
-            self.corrections[site.down] = corrected(site, moments, self.recipe, bias)
+            with self._cut(inside):
+                self.corrections[layer.name] = self._fit(layer, module, step, targets)
         if step is self.last:
             return
         if not inside:
             following = [first_tensor(_inputs(step, x).call(module)) for x in self.dense]
         self.dense = following
-        with self._applied(inside):
+        with self._cut(inside):
             self.cut = [first_tensor(_inputs(step, x).call(module)) for x in self.cut]
 
-    def _moments(self, site: Site, module: nn.Module, step: Step, targets: list[Tensor]) -> Moments:
-        down = self.model.get_submodule(site.down)
+    def _fit(
+        self, layer: _Layer, module: nn.Module, step: Step, targets: list[Tensor]
+    ) -> Correction:
         moments = Moments()
         for state, target, weights in zip(self.cut, targets, self.weights, strict=True):
-            (hidden, output), _ = watch(module, down, site, _inputs(step, state), stop=True)
-            width = len(self.keep[site.down]) * site.unit_width
-            moments.add(hidden[:, site.first : site.first + width], target - output, weights)
-        return moments
+            (hidden, output), _ = watch(
+                module, self.model, layer.name, _inputs(step, state), stop=True
+            )
+            moments.add(layer.inputs(hidden, self.keep), target - output, weights)
+        own = getattr(self.model.get_submodule(layer.name), "bias", None)
+        bias = own is not None or self.recipe.add_bias
+        return corrected(layer.name, moments, self.recipe, bias)
 
     @contextmanager
-    def _applied(self, sites: list[Site]) -> Iterator[None]:
+    def _cut(self, layers: list[_Layer]) -> Iterator[None]:
         """The model with some layers cut, and corrected where they have been fitted."""
         with ExitStack() as stack:
-            for site in sites:
-                stack.enter_context(narrowed(self.graph, site, self.keep[site.down]))
-                if site.down in self.corrections:
-                    down = self.model.get_submodule(site.down)
-                    apply(down, site, self.corrections[site.down])
+            for layer in layers:
+                if layer.site is not None:
+                    stack.enter_context(narrowed(self.graph, layer.site, self.keep[layer.name]))
+            for layer in layers:
+                if layer.name in self.corrections:
+                    module = self.model.get_submodule(layer.name)
+                    first = layer.site.first if layer.site else 0
+                    stack.enter_context(applied(module, self.corrections[layer.name], first))
             yield
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-def watch(
-    module: nn.Module, down: nn.Module, site: Site, inputs: Inputs, *, stop: bool
-) -> tuple[tuple[Tensor, Tensor], Any]:
-    """Run a module; give `down`'s input and output as `(tokens, channels)`, and the output."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((_tokens(down, args[0]), _tokens(down, output)))
-        if stop:
-            raise _Stop
-
-    output = None
-    with hooks([down.register_forward_hook(see)]), suppress(_Stop):
-        output = inputs.call(module)
-    if not seen:
-        raise ValueError(f"{site.down} was not called on a batch; check the batches")
-    return seen[0], output
-
-
-def _tokens(layer: nn.Module, values: Tensor) -> Tensor:
-    if isinstance(layer, nn.Conv2d):
-        values = values.movedim(1, -1)
-    return values.reshape(-1, values.shape[-1])
+def _layers(
+    graph: Any,
+    few: Inputs,
+    sites: Sequence[Site],
+    keep: Mapping[str, Sequence[int]],
+    recipe: Recipe,
+) -> list[_Layer]:
+    """The layers to fit, in the order of the forward pass."""
+    model: nn.Module = graph.model
+    cut = {site.down: site for site in sites}
+    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear and n not in cut]
+    called = calls_in_order(model, few, [*cut, *(linears if recipe.every_linear else [])])
+    counts = {name: called.count(name) for name in called}
+    if any(counts.get(name, 0) != 1 for name in cut):
+        raise ValueError(
+            f"compensation needs each layer called once in a forward pass; of {len(cut)} layers "
+            f"the calls were {[name for name in called if name in cut]}"
+        )
+    dropped: dict[str, set[int]] = {}
+    for site in sites:
+        units = sorted(set(range(site.width)) - set(keep[site.down]))
+        for part in group_layers(site_group(graph, site, units)):
+            if part.side == "out":
+                dropped.setdefault(part.name, set()).update(part.indices)
+    # Nothing is lost before the first layer that is cut; the last one ends the chain.
+    places = [place for place, name in enumerate(called) if name in cut]
+    layers = []
+    for name in called[places[0] : places[-1] + 1]:
+        if counts[name] > 1:
+            logger.warning("%s is called %d times and is not fitted", name, counts[name])
+            continue
+        weight: Any = model.get_submodule(name).weight
+        kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
+        layers.append(_Layer(name, cut.get(name), kept if name in dropped else None))
+    return layers
 
 
 def _inputs(step: Step, state: Any) -> Inputs:
@@ -170,42 +209,4 @@ def _inputs(step: Step, state: Any) -> Inputs:
 
 def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:
     """What the first step is called with: its first argument, or the batch for a whole model."""
-    if not step.name:
-        return batch
-    seen: list[Tensor] = []
-
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Stop
-
-    first = model.get_submodule(step.name)
-    with hooks([first.register_forward_pre_hook(see)]), suppress(_Stop):
-        batch.call(model)
-    return seen[0]
-
-
-def one_image(batch: Inputs, count: int = 1) -> Inputs:
-    """The first image of a batch, or the first few."""
-
-    def few(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and len(value) == batch.images
-        return value[:count] if whole else value
-
-    return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
-
-
-def _in_call_order(model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> list[Site]:
-    called: list[Site] = []
-    with hooks(
-        model.get_submodule(site.down).register_forward_pre_hook(
-            lambda _m, _a, site=site: called.append(site)
-        )
-        for site in sites
-    ):
-        inputs.call(model)
-    if len(called) != len(sites):
-        raise ValueError(
-            f"compensation needs each layer called once in a forward pass; of {len(sites)} layers "
-            f"the calls were {[site.down for site in called]}"
-        )
-    return called
+    return first_argument(model, step.name, batch) if step.name else batch
