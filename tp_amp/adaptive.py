@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tp_amp._state import observing
 from tp_amp.batches import bar, stream
+from tp_amp.checkpoint import Checkpoint
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
@@ -36,15 +38,15 @@ class WidthSearch:
     Args:
         graph: the `tp.DependencyGraph`.
         sites: in the order of the search.
-        ranking: the channels or heads of each site, the best first; empty to rank each again on
-            the model as cut so far.
-        rank: orders those of some sites on the model as it is.
+        rank: orders the channels or heads of some sites, the best first, on the model as it is.
+        rescore: whether to rank each site again on the model as cut so far.
         entropy: of the model as it is (nats).
         minimum: the smallest width of a site.
         round_to: widths of a site are multiples of it.
         foreseen: the width to try first for an allowed increase (nats), None for the middle.
         steps: widths tried for each site at most.
         compensator: corrects a cut layer before it is judged.
+        checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
         progress: show a progress bar on a terminal.
     """
 
@@ -52,24 +54,36 @@ class WidthSearch:
         self,
         graph: Any,
         sites: Sequence[Site],
-        ranking: dict[Site, list[int]],
         rank: Callable[[Sequence[Site]], dict[Site, list[int]]],
         entropy: Callable[[], float],
         *,
+        rescore: bool,
         minimum: Callable[[Site], int],
         round_to: Callable[[Site], int],
         foreseen: Callable[[Site, float], int | None],
         steps: int,
         compensator: Compensator,
+        checkpoint: Checkpoint | None,
         progress: bool,
     ) -> None:
         self.graph, self.sites, self.rank = graph, sites, rank
         self.minimum, self.round_to, self.steps = minimum, round_to, steps
         self.foreseen = foreseen
         self.compensator, self.progress = compensator, progress
-        self._entropy, self._ranking = entropy, ranking
-        self._known: dict[tuple[int, ...], float] = {}
-        self.dense_entropy = entropy()
+        self._entropy, self._rescore = entropy, rescore
+        self._checkpoint = checkpoint
+        # Entropies by widths, orders by site and the widths before: what a killed run goes on from.
+        self._known: dict[str, float] = {}
+        self._orders: dict[str, list[int]] = {}
+        self._pending: list[tuple[Site, list[int]]] = []
+        self._pruned = ExitStack()
+        if checkpoint is not None:
+            self._known = dict(checkpoint.facts)
+            self._orders = {name: order.tolist() for name, order in checkpoint.tensors.items()}
+        if not rescore and not self._orders:
+            self._orders = {site.down: order for site, order in rank(sites).items()}
+            self._write()
+        self.dense_entropy = self._measured("")
 
     def run(self, max_increase: Mapping[str, float]) -> Found:
         """Find every width; whatever happens, the model is afterwards as it was.
@@ -78,13 +92,14 @@ class WidthSearch:
             max_increase: `down` -> allowed increase of the entropy (nats).
         """
         found, reference = Found(), self.dense_entropy
-        with ExitStack() as pruned:
+        self._pending.clear()
+        with ExitStack() as self._pruned:
             bars = bar(
                 range(len(self.sites) * self.steps), description="search", progress=self.progress
             )
             for site in self.sites:
-                order = self._ranking[site] if self._ranking else self.rank([site])[site]
                 before = tuple(len(kept) for kept in found.keep.values())
+                order = self._order(site, before)
 
                 def entropy(
                     width: int,
@@ -109,7 +124,7 @@ class WidthSearch:
                 kept = sorted(order[: best.width]) if best else list(range(site.width))
                 if best:
                     reference = best.entropy
-                    self._cut(pruned, site, kept)
+                    self._pending.append((site, kept))
                 found.keep[site.down], found.probes[site.down] = kept, tried
             bars.close()
         return found
@@ -133,11 +148,41 @@ class WidthSearch:
 
     def _probe(self, site: Site, kept: list[int], state: tuple[int, ...]) -> float:
         """The entropy with a site cut, on the model as cut so far, which `state` tells."""
+        name = ",".join(map(str, state))
+        if name in self._known:
+            return self._known[name]
+        self._settle()
+        with ExitStack() as stack:
+            self._cut(stack, site, sorted(kept))
+            return self._measured(name)
+
+    def _settle(self) -> None:
+        """Cut what was accepted; not before it matters, for all that follows may be known."""
+        for site, kept in self._pending:
+            self._cut(self._pruned, site, kept)
+        self._pending.clear()
+
+    def _measured(self, state: str) -> float:
+        """The entropy of the model as it is, which `state` names."""
         if state not in self._known:
-            with ExitStack() as stack:
-                self._cut(stack, site, sorted(kept))
-                self._known[state] = self._entropy()
+            self._known[state] = self._entropy()
+            self._write()
         return self._known[state]
+
+    def _order(self, site: Site, before: tuple[int, ...]) -> list[int]:
+        if not self._rescore:
+            return self._orders[site.down]
+        name = ",".join([site.down, *map(str, before)])
+        if name not in self._orders:
+            self._settle()
+            self._orders[name] = self.rank([site])[site]
+            self._write()
+        return self._orders[name]
+
+    def _write(self) -> None:
+        if self._checkpoint is not None:
+            orders = {name: torch.tensor(order) for name, order in self._orders.items()}
+            self._checkpoint.write(orders, self._known)
 
     def _cut(self, stack: ExitStack, site: Site, kept: list[int]) -> None:
         correction = self.compensator.correction(site, kept)

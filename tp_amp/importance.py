@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from tp_amp._state import check_finite, fingerprint, hooks, observing
 from tp_amp.batches import Inputs, check_batches, stream
+from tp_amp.checkpoint import Checkpoint, describe, digest, model_digest
 from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
 
@@ -85,6 +88,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         *,
         layers: Collection[str] | None = None,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> EntropyTaylorImportance:
         """Score every layer's input channels on unlabelled images, one batch at a time.
 
@@ -98,6 +102,10 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             layers: module paths of the layers to score the inputs of; all Linears and
                 convolutions by default. The `down` layers of the MLPs alone cost less time.
             progress: show a progress bar on a terminal.
+            checkpoint: a folder where the sums are written after every batch. Killed at any
+                moment and called again with the same arguments, it goes on after the last batch
+                that was done, with the same scores at the end; the batches must come in the same
+                order. The folder may be deleted afterwards.
 
         Returns:
             Itself, with `scores` filled.
@@ -105,22 +113,49 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         Raises:
             TypeError: a batch, or the model's output, is of an unexpected type.
             ValueError: `layers` names what is no Linear or convolution, no batch, a batch of one
-                for `similarity`, images that the model fails on, NaN in weights or scores.
+                for `similarity`, images that the model fails on, NaN in weights or scores, or
+                the checkpoint is of another model, other images or arguments, which are named.
         """
         check_finite(model)
         recorder = _Recorder(model, layers)
         objective = self.objective
         with observing(model, gradients=True):
-            for inputs in stream(batches, model, description="scoring", progress=progress):
+            saved: Checkpoint | None = None
+            done = 0
+            all_batches = stream(batches, model, description="scoring", progress=progress)
+            for index, inputs in enumerate(all_batches):
                 objective = objective.resolve(model, inputs)
+                if checkpoint is not None and saved is None:
+                    saved = self._checkpoint(Path(checkpoint), model, inputs, layers)
+                    done = recorder.resume(saved, next(model.parameters()).device)
+                if index < done:
+                    continue
                 recorder.run(model, inputs, objective)
+                if saved is not None:
+                    saved.write(recorder.sums, {"images": recorder.seen, "batches": index + 1})
         scores = recorder.means()
         self.scores, self._layers = scores, layers
         self._resolved, self._fingerprint = objective, _fingerprint(model)
         return self
 
+    def _checkpoint(
+        self, folder: Path, model: nn.Module, first: Inputs, layers: Collection[str] | None
+    ) -> Checkpoint:
+        identity = {
+            "model": model_digest(model),
+            "objective": describe(self.objective),
+            "layers": None if layers is None else sorted(layers),
+            "first batch": digest((str(i), t) for i, t in enumerate(first.tensors())),
+        }
+        return Checkpoint(folder / "scores.safetensors", identity)
+
     def refresh(
-        self, model: nn.Module, layers: Collection[str] | None = None, *, progress: bool = True
+        self,
+        model: nn.Module,
+        layers: Collection[str] | None = None,
+        *,
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         """Collect from `data`, unless scores of these layers with these weights are there.
 
@@ -128,12 +163,13 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             model: the model.
             layers: as for `collect`.
             progress: show a progress bar on a terminal.
+            checkpoint: as for `collect`.
         """
         if self.data is None:
             return
         missing = self._layers is not None and not set(layers or ("",)) <= set(self._layers)
         if missing or self._fingerprint != _fingerprint(model):
-            self.collect(model, self.data, layers=layers, progress=progress)
+            self.collect(model, self.data, layers=layers, progress=progress, checkpoint=checkpoint)
 
     def loss(self, output: Any) -> Tensor:
         """The entropy (nats) of a model's output, for scripts that call `backward` themselves.
@@ -225,6 +261,12 @@ class _Recorder:
         self.seen = 0
         self.images = 0
         self.inputs: set[int] = set()
+
+    def resume(self, saved: Checkpoint, device: torch.device) -> int:
+        """Take up the sums of a run that was killed, and say how many batches they are of."""
+        self.sums = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
+        self.seen = saved.facts.get("images", 0)
+        return int(saved.facts.get("batches", 0))
 
     def run(self, model: nn.Module, inputs: Inputs, objective: Objective) -> None:
         self.images = inputs.images

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,11 +16,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import dependency
 
-from tp_amp._state import check_finite
+from tp_amp._state import check_finite, observing
 from tp_amp.adaptive import Compensator, Found, WidthSearch
 from tp_amp.attention import find_attentions
-from tp_amp.batches import check_batches, example
+from tp_amp.batches import check_batches, example, stream
 from tp_amp.budget import Budget
+from tp_amp.checkpoint import Checkpoint, describe, digest, model_digest
 from tp_amp.compensation import Correction, Method
 from tp_amp.cutting import Site, cut
 from tp_amp.graph import TolerantGraph, build_graph
@@ -79,6 +83,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
             lose.
         ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
+        checkpoint: a folder where the search writes rankings and the entropy of every probe, and
+            the scoring its sums after every batch. Killed at any moment and started again with
+            the same arguments, `step` goes on from there and finds the same plan, at the cost of
+            the probe or batch that was in flight (with compensation, also of the moments of the
+            layers cut so far). Other arguments, another model or calibration
+            images are refused. The folder may be deleted afterwards.
         progress: show a progress bar on a terminal.
         forward_fn: as for `tp.pruner.MetaPruner`, and so are `output_transform`,
             `unwrapped_parameters` and `customized_pruners`.
@@ -128,6 +138,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         min_width: int = 1,
         max_pruning_ratio: float = 1.0,
         ignored_layers: list[nn.Module] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
         forward_fn: Callable[..., Any] | None = None,
         output_transform: Callable[..., Any] | None = None,
@@ -202,6 +213,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             self.objective = Objective(objective or "auto")
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self._pruned = False
 
     def _prune(self) -> Iterator[Any]:
@@ -242,20 +254,19 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     @torch.no_grad()
     def _search(self) -> PruningPlan:
         """Find every width; whatever happens, the model is afterwards as it was."""
-        # The order of these calls is that of the draws of a loader that shuffles.
-        ranking = {} if self.rescore else self._rank(self._sites)
         objective = resolve_on(self.objective, self.model, self.calibration)
         search = WidthSearch(
             self.DG,
             self._sites,
-            ranking,
             self._rank,
             lambda: mean_objective(self.model, self.calibration, objective),
+            rescore=self.rescore,
             minimum=self._minimum,
             round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
             foreseen=self._foreseen,
             steps=self.steps,
             compensator=Compensator(self.DG, self.compensation_data, self.recipe),
+            checkpoint=self._checkpoint(),
             progress=self.progress,
         )
         found = self._meet(search) if self.budget else search.run(self._tolerances())
@@ -276,6 +287,25 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             search.dense_entropy,
             {site.down: site for site in (*self.mlps, *self.attentions)},
         )
+
+    def _checkpoint(self) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        with observing(self.model, gradients=False):
+            batches = stream(self.calibration, self.model, description="", progress=False)
+            first = next(batches)
+        names = ("max_increase", "steps", "rescore", "min_width", "round_to", "max_pruning_ratio")
+        identity = {
+            "model": model_digest(self.model),
+            "importance": describe(self.importance),
+            "objective": describe(self.objective),
+            "target": None if self.budget is None else [self.budget.kind, self.budget.amount],
+            "compensation": describe(asdict(self.recipe)),
+            "layers": [site.down for site in self._sites],
+            "calibration": digest((str(i), t) for i, t in enumerate(first.tensors())),
+            **{name: describe(getattr(self, name)) for name in names},
+        }
+        return Checkpoint(self.checkpoint / "search.safetensors", identity)
 
     def _tolerances(self) -> dict[str, float]:
         return {site.down: self.max_increase for site in self._sites}
@@ -309,7 +339,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     def _rank(self, sites: Sequence[Site]) -> dict[Site, list[int]]:
         downs = [site.down for site in sites]
         if isinstance(self.importance, EntropyTaylorImportance):
-            self.importance.refresh(self.model, downs, progress=self.progress)
+            # Scored once for each layer, of which the file of the search tells.
+            folder = None if self.rescore else self.checkpoint
+            self.importance.refresh(self.model, downs, progress=self.progress, checkpoint=folder)
         elif self.rescore and isinstance(self.importance, ReconstructionImportance):
             data: Any = self.importance.data
             self.importance.collect(self.model, data, layers=downs, progress=self.progress)

@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import tp_amp
+from tp_amp.checkpoint import write_atomically
 from tp_amp.cutting import cut
 from tp_amp.graph import TolerantGraph, per_channel_pruners
 from tp_amp.plan import PruningPlan, check_kept
@@ -83,16 +84,16 @@ def save_pruned(
         "name": name,
         "arguments": arguments or {},
         "config": config.to_dict() if config is not None else None,
-        "dtype": next(
-            (str(p.dtype)[6:] for p in model.parameters() if p.is_floating_point()), None
-        ),
+        "dtype": _dtype(model),
         "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / SOURCE, lambda path: path.write_text(json.dumps(source, indent=2) + "\n"))
-    _write(folder / WEIGHTS, lambda path: save_model(model, str(path)))
-    _write(folder / PLAN, lambda path: path.write_text(plan.to_json()))
+    write_atomically(
+        folder / SOURCE, lambda path: path.write_text(json.dumps(source, indent=2) + "\n")
+    )
+    write_atomically(folder / WEIGHTS, lambda path: save_model(model, str(path)))
+    write_atomically(folder / PLAN, lambda path: path.write_text(plan.to_json()))
 
 
 def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan:
@@ -236,13 +237,3 @@ def _load(model: nn.Module, path: Path, plan: PruningPlan) -> None:
         load_model(model, str(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model or is damaged: {error}") from error
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write under another name first, so that a crash leaves no half file under the final one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
