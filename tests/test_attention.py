@@ -494,16 +494,6 @@ def test_transformer_encoder_layer_keeps_to_the_narrow_forward() -> None:
     assert sorted(order) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["beit", "vit_rope_mixed"])
-def test_a_cut_model_can_be_exported(name: str) -> None:
-    make, images, _ = TIMM[name]
-    model = perturbed(make())
-    found = find_attentions(model, images)
-    prune(build_graph(model, images).graph, found, random_keep(found))
-    exported = torch.export.export(model, (images,)).module()
-    assert relative(exported(images), model(images)) < 1e-5
-
-
 def test_half_precision() -> None:
     model = small("beit_base_patch16_224").bfloat16()
     images = image(32).bfloat16()

@@ -63,7 +63,8 @@ class MultiheadForward(nn.MultiheadAttention):
         if mask is not None:
             mask = _additive(mask, q.dtype)
             if mask.dim() == 3:
-                mask = mask.reshape(len(q), -1, *mask.shape[1:])
+                # Not len(), an int, which would fix the batch size of an exported model.
+                mask = mask.reshape(q.shape[0], -1, *mask.shape[1:])
                 cut: HeadCut | None = getattr(self, "head_cut", None)
                 mask = cut.take(mask, 1) if cut else mask
         if padding is not None:

@@ -38,7 +38,7 @@ class ShiftedWindowForward(nn.Module):
         mask = _mask(size, window, shift, x) if any(shift) else None
         y: Any = self.proj(self._attend(_windows(rolled, window), mask))
         y = functional.dropout(y, self.dropout, self.training)
-        y = y.unflatten(0, (len(x), size[0] // window[0], size[1] // window[1]))
+        y = y.unflatten(0, (-1, size[0] // window[0], size[1] // window[1]))
         y = y.unflatten(3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return torch.roll(y, (shift[0], shift[1]), (1, 2))[:, :height, :width].contiguous()
 
@@ -48,7 +48,8 @@ class ShiftedWindowForward(nn.Module):
         scale = getattr(self, "logit_scale", None)
         if scale is not None and bias is not None:
             # Keys have no bias in v2.
-            bias = torch.cat([b * (part != 1) for part, b in enumerate(bias.chunk(3))])
+            q_bias, k_bias, v_bias = bias.chunk(3)
+            bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
         qkv: Any = functional.linear(x, self.qkv.weight, bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -59,7 +60,7 @@ class ShiftedWindowForward(nn.Module):
             logits = q @ k.transpose(-2, -1) * scale.clamp(max=math.log(100.0)).exp()
         logits = logits + self.get_relative_position_bias()
         if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+            logits = (logits.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
         weights = functional.dropout(logits.softmax(-1), self.attention_dropout, self.training)
         return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -74,7 +75,7 @@ def _mask(size: torch.Size, window: list[int], shift: list[int], like: Tensor) -
     """Keep tokens apart that only the shift has brought into one window."""
     rows, columns = (
         (torch.arange(n, device=like.device) >= n - w).long()
-        + (torch.arange(n, device=like.device) >= n - s).long() * (s > 0)
+        + (torch.arange(n, device=like.device) >= n - s).long() * int(s > 0)
         for n, w, s in zip(size, window, shift, strict=True)
     )
     region = _windows((rows[:, None] * 3 + columns)[None, :, :, None], window).squeeze(-1)
