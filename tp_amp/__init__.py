@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tp_amp.importance import EntropyTaylorImportance as EntropyTaylorImportance
     from tp_amp.inspection import Inspection as Inspection
     from tp_amp.inspection import inspect as inspect
+    from tp_amp.measuring import Measurement as Measurement
+    from tp_amp.measuring import measure as measure
+    from tp_amp.measuring import measure_both as measure_both
     from tp_amp.mlps import MLP as MLP
     from tp_amp.mlps import find_mlps as find_mlps
     from tp_amp.plan import PruningPlan as PruningPlan
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from tp_amp.recipe import Recipe as Recipe
     from tp_amp.reconstruction import ReconstructionImportance as ReconstructionImportance
     from tp_amp.reconstruction import reconstruction_order as reconstruction_order
+    from tp_amp.report import Report as Report
     from tp_amp.saving import create_model as create_model
     from tp_amp.saving import load_pruned as load_pruned
     from tp_amp.saving import save_pruned as save_pruned
@@ -44,10 +48,13 @@ _MODULES = {
     "EntropyTaylorImportance": "importance",
     "GramSchmidtImportance": "gram_schmidt",
     "Inspection": "inspection",
+    "Measurement": "measuring",
     "PruningPlan": "plan",
     "Recipe": "recipe",
     "ReconstructionImportance": "reconstruction",
+    "Report": "report",
     "apply_plan": "plan",
+    "measure_both": "measuring",
     "compensate": "rebuild",
     "create_model": "saving",
     "dimap_masks": "dimap",
@@ -58,6 +65,7 @@ _MODULES = {
     "gram_schmidt_order": "gram_schmidt",
     "inspect": "inspection",
     "load_pruned": "saving",
+    "measure": "measuring",
     "mlp_ratio_widths": "widths",
     "plan_for_target": "allocation",
     "plan_from_importance": "plan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Inputs:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None  # classes `(images,)`, where the batch holds them; only measured
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, the images first."""
@@ -38,7 +39,8 @@ class Inputs:
         """The same arguments with all tensors on another device."""
         args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
         items = self.kwargs.items()
-        return Inputs(args, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in items})
+        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in items}
+        return Inputs(args, kwargs, self.labels)
 
     def call(self, function: Any) -> Any:
         """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
@@ -63,14 +65,15 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
     """Turn one batch into model inputs on the model's device and in its dtype.
 
     Args:
-        batch: images as a tensor `(images, ...)`, a tuple or list with the images first (what
-            follows, such as labels, is ignored), or a dict of keyword arguments (labels ignored).
+        batch: images as a tensor `(images, ...)`, a tuple or list with the images first (of what
+            follows, only labels are kept, apart), or a dict of keyword arguments and labels.
         model: gives device and floating dtype by its first floating parameter.
 
     Raises:
         TypeError: the batch is none of these.
         ValueError: the batch is empty.
     """
+    labels = _labels(batch)
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -87,7 +90,19 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
         )
     if inputs.tensors()[0].dim() == 0 or inputs.images == 0:
         raise ValueError("a batch holds no images; check the data loader")
+    if labels is not None and len(labels) == inputs.images:
+        inputs = replace(inputs, labels=labels)
     return inputs
+
+
+def _labels(batch: Any) -> Tensor | None:
+    """The classes of a batch's images; None where what it holds can't be that."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in sorted(LABEL_KEYS & batch.keys())), None)
+    else:
+        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    whole = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
+    return found if whole else None
 
 
 def _move(value: Any, model: nn.Module) -> Any:

@@ -116,11 +116,16 @@ def inspect(
     for name, reason in kept_layers.items():
         logger.warning("%s belongs to no group and stays whole: %s", name, reason)
     holders = [attention.name for attention in attentions] + list(kept_attentions)
-    macs = shapes_first(
-        model, example(example_inputs), lambda inputs, _: count_macs(model, inputs, forward_fn)
-    )
+    macs = macs_of(model, example(example_inputs), forward_fn)
     shares = _shares(model, macs, mlps, holders)
     return Inspection(type(model).__name__, mlps, attentions, kept_attentions, kept_layers, shares)
+
+
+def macs_of(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None
+) -> dict[str, float]:
+    """As `count_macs`, on the meta device where the model runs there."""
+    return shapes_first(model, inputs, lambda given, _: count_macs(model, given, forward_fn))
 
 
 def count_macs(

@@ -119,7 +119,7 @@ class Objective:
             return None
         if self.kind == "similarity":
             return similarity_logits(pooled_features(model, inputs), self.temperature)
-        return _logits(inputs.call(model))
+        return read_logits(inputs.call(model))
 
     def of_output(self, output: Any) -> Tensor:
         """Return the objective of an output that is already there (`auto` takes it for logits)."""
@@ -132,7 +132,7 @@ class Objective:
             return value.reshape(())
         if self.kind == "similarity":
             return similarity_entropy(_vector(output), self.temperature)
-        return prediction_entropy(_logits(output))
+        return prediction_entropy(read_logits(output))
 
 
 def mean_objective(
@@ -217,13 +217,14 @@ def _without_projection(model: nn.Module) -> Iterator[None]:
         model._parameters["proj"] = projection
 
 
-def _logits(output: Any) -> Tensor:
+def read_logits(output: Any) -> Tensor:
+    """The logits `(images, classes)` in a model's output; TypeError if it holds none."""
     logits = _get(output, "logits")
     logits = output if logits is None else logits
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise TypeError(
-            f"the prediction objective needs logits (images, classes), the model returned "
-            f"{_describe(logits)}; pass objective=a callable that reads this output"
+            f"the prediction objective and accuracy need logits (images, classes), the model "
+            f"returned {_describe(logits)}; pass objective=a callable that reads this output"
         )
     return logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from tp_amp.graph import TracedGraph, build_graph
 from tp_amp.heads import Attention, HeadTensor
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.search import Probe
+
+if TYPE_CHECKING:
+    from tp_amp.measuring import Measurement
+    from tp_amp.report import Report
 
 FORMAT = 1
 
@@ -54,6 +58,23 @@ class PruningPlan:
     def widths(self) -> dict[str, int]:
         """Module path of each `down` -> number of channels or heads that stay."""
         return {name: len(kept) for name, kept in self.keep.items()}
+
+    def report(self, before: Measurement | None = None, after: Measurement | None = None) -> Report:
+        """Show the plan: tables for the terminal and notebooks, JSON, a page with plots.
+
+        Args:
+            before: measurement of the dense model, by `measure` before it is cut or `measure_both`.
+            after: measurement of the pruned model, under the same conditions.
+
+        Raises:
+            ValueError: the two were not measured under the same conditions, on as many images.
+
+        Example:
+            See `Report` and `measure_both`.
+        """
+        from tp_amp.report import make_report
+
+        return make_report(self, before, after)
 
     def to_json(self) -> str:
         """Write the plan as JSON, one line for each layer's kept channels."""
