@@ -154,12 +154,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     looked at: training changes them all.
     """
     return tuple(
-        (id(tensor), tensor._version, tensor.shape, _some_values(tensor.detach()))
+        (id(tensor), tensor._version, tensor.shape, some_values(tensor.detach()))
         for tensor in tensors
     )
 
 
-def _some_values(tensor: Tensor) -> bytes:
+def some_values(tensor: Tensor) -> bytes:
+    """A few values of a tensor, to know it again."""
     if tensor.is_meta:
         return b""
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()

@@ -17,6 +17,7 @@ from tp_amp.checkpoint import Checkpoint
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.heads import Attention
+from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply, corrected, token_weights
 from tp_amp.search import Probe, accepted, search_width
 from tp_amp.watching import watch
@@ -46,6 +47,7 @@ class WidthSearch:
         foreseen: the width to try first for an allowed increase (nats), None for the middle.
         steps: widths tried for each site at most.
         compensator: corrects a cut layer before it is judged.
+        prefix: what comes before a site, kept from probe to probe.
         checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
         progress: show a progress bar on a terminal.
     """
@@ -63,6 +65,7 @@ class WidthSearch:
         foreseen: Callable[[Site, float], int | None],
         steps: int,
         compensator: Compensator,
+        prefix: Prefix,
         checkpoint: Checkpoint | None,
         progress: bool,
     ) -> None:
@@ -71,7 +74,7 @@ class WidthSearch:
         self.foreseen = foreseen
         self.compensator, self.progress = compensator, progress
         self._entropy, self._rescore = entropy, rescore
-        self._checkpoint = checkpoint
+        self.prefix, self._checkpoint = prefix, checkpoint
         # Entropies by widths, orders by site and the widths before: what a killed run goes on from.
         self._known: dict[str, float] = {}
         self._orders: dict[str, list[int]] = {}
@@ -93,6 +96,7 @@ class WidthSearch:
         """
         found, reference = Found(), self.dense_entropy
         self._pending.clear()
+        self.prefix.reset()
         with ExitStack() as self._pruned:
             bars = bar(
                 range(len(self.sites) * self.steps), description="search", progress=self.progress
@@ -127,6 +131,7 @@ class WidthSearch:
                     self._pending.append((site, kept))
                 found.keep[site.down], found.probes[site.down] = kept, tried
             bars.close()
+        self.prefix.reset()
         return found
 
     def smallest(self) -> dict[str, int]:
@@ -152,14 +157,16 @@ class WidthSearch:
         if name in self._known:
             return self._known[name]
         self._settle()
+        self.prefix.prepare(site)
         with ExitStack() as stack:
             self._cut(stack, site, sorted(kept))
-            return self._measured(name)
+            return self.prefix.run(site, lambda: self._measured(name))
 
     def _settle(self) -> None:
         """Cut what was accepted; not before it matters, for all that follows may be known."""
         for site, kept in self._pending:
             self._cut(self._pruned, site, kept)
+            self.prefix.changed(site)
         self._pending.clear()
 
     def _measured(self, state: str) -> float:

@@ -30,6 +30,7 @@ from tp_amp.importance import EntropyTaylorImportance
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
+from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply
 from tp_amp.reconstruction import ReconstructionImportance
 from tp_amp.refit import fit
@@ -83,6 +84,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
             lose.
         ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
+        cache_bytes: how much of what the blocks before the one at hand give may be kept on the
+            model's device. Probes then run only the rest of the model, with the same result; what
+            does not fit is computed again on the way. 0 runs the whole model for every probe.
         checkpoint: a folder where the search writes rankings and the entropy of every probe, and
             the scoring its sums after every batch. Killed at any moment and started again with
             the same arguments, `step` goes on from there and finds the same plan, at the cost of
@@ -138,6 +142,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         min_width: int = 1,
         max_pruning_ratio: float = 1.0,
         ignored_layers: list[nn.Module] | None = None,
+        cache_bytes: int = 2**30,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
         forward_fn: Callable[..., Any] | None = None,
@@ -213,6 +218,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             self.objective = Objective(objective or "auto")
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
+        self.cache_bytes = cache_bytes
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self._pruned = False
 
@@ -266,6 +272,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             foreseen=self._foreseen,
             steps=self.steps,
             compensator=Compensator(self.DG, self.compensation_data, self.recipe),
+            prefix=Prefix(self.model, self._sites, self.calibration, self.cache_bytes),
             checkpoint=self._checkpoint(),
             progress=self.progress,
         )

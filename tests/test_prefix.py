@@ -1,0 +1,166 @@
+"""The search that runs only what comes after a cut, against the one that runs everything."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from typing import Any
+
+import pytest
+import timm
+import torch
+from test_pruner import data, pruner_of
+from torch import Tensor, nn
+from toys import images, toy
+from zoo import TIMM, hugging_face_models, open_clip_models
+
+import tp_amp
+
+
+def plan_of(model: nn.Module, cache_bytes: int, **options: Any) -> str:
+    model = copy.deepcopy(model)
+    pruner = pruner_of(model, cache_bytes=cache_bytes, progress=False, **options)
+    pruner.step()
+    return pruner.plan.to_json()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rescore": {"rescore": True},
+    "loose": {"max_increase": 0.3},
+    "target": {"target": {"params": 0.8}},
+    "compensation": {"compensation": "affine"},
+}
+
+
+@pytest.mark.parametrize("limit", [2**30, 2500, 10], ids=["all", "one block", "nothing"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_plan_and_entropies_are_the_same(options: dict[str, Any], limit: int) -> None:
+    model = toy(depth=4)
+    assert plan_of(model, limit, **options) == plan_of(model, 0, **options)
+
+
+def zoo(name: str) -> tuple[nn.Module, Tensor]:
+    if name in TIMM:
+        return TIMM[name][0](), TIMM[name][1]
+    make, inputs, _ = {**open_clip_models(), **hugging_face_models()}[name]
+    return make(), inputs
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "beit", "eva02", "open_clip", "hf_vit", "hf_swin"])
+def test_zoo_models_with_heads(name: str) -> None:
+    torch.manual_seed(0)
+    model, example = zoo(name)
+    shape = (example if isinstance(example, Tensor) else example["pixel_values"]).shape[1:]
+    batches: Any = torch.randn(8, *shape).split(2)
+    if isinstance(example, dict):
+        batches = [{"pixel_values": batch} for batch in batches]
+    plans = []
+    for limit in (2**30, 0):
+        pruner = tp_amp.AdaptiveMLPPruner(
+            copy.deepcopy(model),
+            example,
+            tp_amp.EntropyTaylorImportance(data=batches[:2]),
+            batches[2:],
+            max_increase=1e-2,
+            steps=3,
+            prune_num_heads=True,
+            cache_bytes=limit,
+        )
+        pruner.step()
+        plans.append(pruner.plan.to_json())
+    assert plans[0] == plans[1]
+
+
+def test_blocks_before_the_cut_are_not_run_again() -> None:
+    counts = {}
+    for limit in (2**30, 0):
+        model, calls = toy(depth=4), [0, 0, 0, 0]
+
+        def count(module: nn.Module, args: Any, calls: list[int] = calls) -> None:
+            calls[int(module.place)] += 1
+
+        for place, block in enumerate(model.blocks):
+            block.mlp.place = place
+            block.mlp.register_forward_pre_hook(count)
+        pruner_of(model, cache_bytes=limit).step()
+        counts[limit] = calls
+    kept, plain = counts[2**30], counts[0]
+    assert kept[3] >= plain[3]  # the last block is run for every probe
+    assert kept[0] < 0.6 * plain[0]
+    assert sum(kept) < 0.9 * sum(plain)  # of two batches, one is run to look around
+
+
+class Shuffled:
+    """Batches in another order each time, whatever the seed."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.turn = batches, 0
+
+    def __iter__(self) -> Any:
+        self.turn += 1
+        return iter(self.batches[:: 1 if self.turn % 2 else -1])
+
+
+def test_other_batches_each_time_run_everything(caplog: pytest.LogCaptureFixture) -> None:
+    scoring, search = data()
+    model = toy(depth=3)
+    plans = []
+    for limit in (2**30, 0):
+        pruner = tp_amp.AdaptiveMLPPruner(
+            copy.deepcopy(model),
+            images(1),
+            tp_amp.EntropyTaylorImportance(data=scoring),
+            Shuffled(search),
+            cache_bytes=limit,
+        )
+        with caplog.at_level(logging.WARNING):
+            pruner.step()
+        plans.append(pruner.plan.keep)
+    assert plans[0] == plans[1]
+    assert "the batches are others each time" in caplog.text
+
+
+def test_forward_passes_are_given_back_after_an_error() -> None:
+    model = toy(depth=3)
+    pruner = pruner_of(model)
+    seen: list[int] = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        seen.append(1)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+
+    model.blocks[2].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.step()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_takes_at_most_six_tenths_of_the_time() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4
+    ).eval()
+    batches = torch.randn(192, 3, 32, 32).split(64)
+    ratios, plans = [], {}
+    for _ in range(3):
+        seconds = {}
+        for limit in (2**30, 0):
+            pruner = tp_amp.AdaptiveMLPPruner(
+                copy.deepcopy(model),
+                batches[0][:1],
+                tp_amp.GramSchmidtImportance(),
+                batches[1:],
+                max_increase=1e-4,
+                cache_bytes=limit,
+            )
+            start = time.process_time()
+            pruner.step()
+            seconds[limit] = time.process_time() - start
+            plans[limit] = pruner.plan.to_json()
+        ratios.append(seconds[2**30] / seconds[0])
+    assert plans[2**30] == plans[0]
+    assert min(ratios) <= 0.6

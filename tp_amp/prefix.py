@@ -1,0 +1,264 @@
+"""Run only what comes after the layer that a search cuts: the rest is what it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp._state import evaluating, seeded, some_values
+from tp_amp.batches import one_image, stream
+from tp_amp.chain import find_chain
+from tp_amp.cutting import Site
+
+logger = logging.getLogger(__name__)
+
+_OTHERS = "the batches are others each time; every probe runs the whole model"
+
+
+class Prefix:
+    """Keeps what the modules before a cut layer gave on every batch, and gives it again.
+
+    The search cuts from the last block to the first, so what comes before the block at hand stays
+    as it is from probe to probe. Where the blocks are a chain of modules, each run of the model
+    starts at the block at hand; its attention, which runs before the MLP, is kept too. The results
+    are the same bit for bit.
+
+    Args:
+        model: of the search.
+        sites: what is cut.
+        batches: of the search; the same ones in the same order each time, else all is run.
+        limit: bytes that may be kept. Beyond it, what earlier blocks gave is dropped, and computed
+            when the search comes there; 0 keeps nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], limit: int
+    ) -> None:
+        self.model, self.batches, self.limit = model, batches, limit
+        self.steps: list[str] = []
+        if limit > 0:
+            with self._passes() as passes:
+                first = one_image(next(passes), 2)
+            chain = find_chain(model, first, [site.name for site in sites])
+            self.steps = [step.name for step in chain if step.name]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, for a model that is another."""
+        self._given: dict[str, list[Tensor]] = {}  # what steps gave, one entry for each batch
+        self._inside: tuple[str, dict[str, list[Tensor]]] = ("", {})  # and modules of one step
+        self._first: list[bytes] = []  # a few values of what the first step read
+
+    def changed(self, site: Site) -> None:
+        """A site was cut for good: what its step and those after it gave holds no longer."""
+        for name in self.steps[self._place(site) or 0 :]:
+            self._given.pop(name, None)
+        self._inside = ("", {})
+
+    def prepare(self, site: Site) -> None:
+        """Keep what comes before a site that is not cut yet."""
+        place = self._place(site)
+        if place is None:
+            return
+        try:
+            if place and self.steps[place - 1] not in self._given:
+                self._collect(place)
+            if self.steps and self._inside[0] != site.down:
+                self._look_inside(site, place)
+        except _OtherBatch:
+            self._give_up(_OTHERS)
+
+    def run(self, site: Site, function: Callable[[], float]) -> float:
+        """Call a function that runs the model, cut at `site`, on all batches in turn."""
+        place = self._place(site)
+        if place is None or self._inside[0] != site.down:
+            return function()
+        try:
+            with self._replayed(place):
+                return function()
+        except _OtherBatch:
+            self._give_up(_OTHERS)
+            return function()
+
+    def _place(self, site: Site) -> int | None:
+        name = f"{site.name}."
+        return next((i for i, s in enumerate(self.steps) if name.startswith(f"{s}.")), None)
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning(reason)
+        self.steps = []
+        self.reset()
+
+    @contextmanager
+    def _passes(self) -> Iterator[Iterator[Any]]:
+        """The batches, with the model as the search's objective runs it."""
+        with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
+            yield stream(self.batches, self.model, description="prefix", progress=False)
+
+    def _collect(self, place: int) -> None:
+        """Run all batches up to a step; keep what the steps before it give, the last that fit."""
+        self._given, self._first = {name: [] for name in self.steps[:place]}, []
+        with ExitStack() as stack, self._passes() as passes:
+            stack.enter_context(self._first_seen())
+            for name in self.steps[:place]:
+                keep = self._given[name].append
+                stack.enter_context(_seen(self.model.get_submodule(name), keep))
+            stack.enter_context(self._stopped(self.steps[place]))
+            for inputs in passes:
+                with suppress(_Stop):
+                    inputs.call(self.model)
+                while self._given and _bytes(self._given) > self.limit:
+                    del self._given[next(iter(self._given))]
+        last = self._given.get(self.steps[place - 1], [])
+        if not all(type(output) is Tensor for output in last):
+            self._give_up("the blocks return more than a tensor; every probe runs the whole model")
+        elif not last:
+            self._give_up("what one block gives is above the limit; every probe runs all blocks")
+
+    def _look_inside(self, site: Site, place: int) -> None:
+        """Keep what the modules of a step give that are done before the site's first layer runs."""
+        block = self.model.get_submodule(self.steps[place])
+        done: dict[str, list[Any]] = {}
+        calls: dict[str, int] = {}
+        started: list[bool] = []
+
+        def keep(name: str, output: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if not started:
+                done.setdefault(name, []).append(output)
+
+        names = [name for name, module in block.named_modules() if name and _is_large(module)]
+        with ExitStack() as stack, self._passes() as passes:
+            if not place:
+                self._first = []
+                stack.enter_context(self._first_seen())
+            for name in names:
+                keep_it = lambda output, name=name: keep(name, output)  # noqa: E731
+                stack.enter_context(_seen(block.get_submodule(name), keep_it))
+            for name in site.up:
+                up = self.model.get_submodule(name)
+                stack.enter_context(_forward(up, _announced(lambda _: started.append(True))))
+            stack.enter_context(self._replayed(place))
+            # The first batch runs to the end, to see which modules are called again.
+            inputs = next(passes)
+            inputs.call(self.model)
+            whole = {name for name in done if calls[name] == 1 and started}
+            for name in site.up:
+                stack.enter_context(self._stopped(name))
+            for inputs in passes if whole else ():
+                started.clear()
+                with suppress(_Stop):
+                    inputs.call(self.model)
+        count = len(self._first)
+        whole = {
+            name
+            for name in whole
+            if len(done[name]) == count and all(type(output) is Tensor for output in done[name])
+        }
+        outer = {n: done[n] for n in whole if not any(n.startswith(f"{o}.") for o in whole)}
+        fits = _bytes(self._given) + _bytes(outer) <= self.limit
+        self._inside = (site.down, outer if fits else {})
+
+    def _stopped(self, name: str) -> Any:
+        """A pass that ends where a module would run."""
+
+        def stop(_: Any) -> None:
+            raise _Stop
+
+        return _forward(self.model.get_submodule(name), _announced(stop))
+
+    def _first_seen(self) -> Any:
+        """Remember what the first step reads, to know the batches again."""
+        first = self.model.get_submodule(self.steps[0])
+        return _forward(first, _announced(lambda state: self._first.append(some_values(state))))
+
+    @contextmanager
+    def _replayed(self, place: int) -> Iterator[None]:
+        """Let the modules before a site give what they gave, batch after batch."""
+        modules = [self.model.get_submodule(name) for name in self.steps[: place + 1]]
+        with ExitStack() as stack:
+            for module in modules[: max(0, place - 1)]:
+                stack.enter_context(_forward(module, lambda _: lambda state, *_a, **_k: state))
+            if place:
+                stack.enter_context(_given(modules[place - 1], self._given[self.steps[place - 1]]))
+            for name, outputs in self._inside[1].items():
+                stack.enter_context(_given(modules[place].get_submodule(name), outputs))
+            if self._first:
+                first = iter(self._first)
+                stack.enter_context(_forward(modules[0], _announced(lambda x: _check(x, first))))
+            yield
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+class _OtherBatch(Exception):
+    """A batch is not the one that was seen before."""
+
+
+def _check(state: Tensor, first: Iterator[bytes]) -> None:
+    if next(first, b"") != some_values(state):
+        raise _OtherBatch
+
+
+@contextmanager
+def _forward(module: nn.Module, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Give a module a forward pass made from its own; no hook, which may switch fast paths off."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = make(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+def _given(module: nn.Module, outputs: list[Tensor]) -> Any:
+    """A module that gives what it gave, and runs nothing."""
+    rest = iter(outputs)
+    return _forward(module, lambda own: lambda *_, **__: next(rest))
+
+
+def _seen(module: nn.Module, keep: Callable[[Any], None]) -> Any:
+    """A module that tells what it gives."""
+
+    def make(own: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            keep(output)
+            return output
+
+        return forward
+
+    return _forward(module, make)
+
+
+def _announced(tell: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """A forward pass that tells its first argument before it runs."""
+
+    def make(own: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tell(args[0] if args else None)
+            return own(*args, **kwargs)
+
+        return forward
+
+    return make
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether a module holds a matrix, which makes it worth keeping what it gives."""
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _bytes(kept: dict[str, list[Any]]) -> int:
+    tensors = (tensor for outputs in kept.values() for tensor in outputs)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
