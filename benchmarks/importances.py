@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from reference import add_cross_entropy_gradients
 from torch import Tensor, nn
 
 import tp_amp
+from tp_amp.scoring import make_ready
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -32,26 +32,13 @@ def collect_entropy(objective: str, model: nn.Module, batches: Batches) -> Any:
     return tp_amp.EntropyTaylorImportance(objective).collect(model, batches, progress=False)
 
 
-def collect_activation(model: nn.Module, batches: Batches) -> Any:
-    importance = tp.pruner.importance.ActivationImportance()
-    with torch.no_grad(), importance.compute_importance(model):
-        model(torch.cat([images for images, _ in batches]))
-    return importance
-
-
-def collect_taylor(model: nn.Module, batches: Batches) -> Any:
-    add_cross_entropy_gradients(model, batches)
-    return tp.importance.TaylorImportance()
-
-
 def collect_hessian(kind: type, images: int, model: nn.Module, batches: Batches) -> Any:
-    importance = kind()
     pictures, labels = (torch.cat(column)[:images] for column in zip(*batches, strict=True))
-    for pair in zip(pictures.split(1), labels.split(1), strict=True):
-        model.zero_grad()
-        add_cross_entropy_gradients(model, [pair])
-        importance.accumulate_grad(model)
-    return importance
+    return make_ready(kind(), model, [(pictures, labels)], progress=False)
+
+
+def collected(importance: Callable[[], Any]) -> Callable[[nn.Module, Batches], Any]:
+    return lambda model, batches: make_ready(importance(), model, batches, progress=False)
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,8 @@ def all_criteria(hessian_images: int) -> dict[str, Criterion]:
         "EntropyTaylor, similarity": Criterion("images", partial(collect_entropy, "similarity")),
         "GramSchmidt": from_weights(tp_amp.GramSchmidtImportance),
         "DIMAP": from_weights(tp_amp.DIMAPImportance),
-        "Activation": Criterion("images", collect_activation),
-        "Taylor": Criterion("labels", collect_taylor),
+        "Activation": Criterion("images", collected(tp.pruner.importance.ActivationImportance)),
+        "Taylor": Criterion("labels", collected(tp.importance.TaylorImportance)),
         "Hessian": Criterion("labels", partial(collect_hessian, hessian, hessian_images)),
         "Hessian, all images": Criterion(
             "labels", partial(collect_hessian, HessianOfAllImages, hessian_images)

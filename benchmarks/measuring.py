@@ -20,6 +20,7 @@ from tp_amp.cutting import narrowed
 from tp_amp.graph import build_graph
 from tp_amp.mlps import read_mlps
 from tp_amp.plan import rank_channels
+from tp_amp.scoring import forget
 
 
 class Bench:
@@ -38,9 +39,7 @@ class Bench:
         torch.manual_seed(seed)
         importance = criterion.prepare(self.model, batches)
         order = {mlp.down: rank_channels(importance, self.graph, mlp) for mlp in self.mlps}
-        self.model.zero_grad()
-        for module in self.model.modules():
-            module.__dict__.pop("_importance", None)  # ActivationImportance leaves it
+        forget(self.model)
         return order
 
     def widths(self, fraction: float) -> dict[str, int]:

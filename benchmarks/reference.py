@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tp_amp
+from tp_amp.comparison import table as table
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -93,15 +94,6 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     """Write a result, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows in columns: the first to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in (header, *rows)
-    )
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

@@ -17,5 +17,6 @@ def test_all_is_there_and_documented() -> None:
     for name in tp_amp.__all__:
         documented = getattr(tp_amp, name)
         assert documented.__doc__
-        if name not in ("MLP", "Attention", "Inspection", "Measurement"):  # what functions return
+        # What functions return.
+        if name not in ("MLP", "Attention", "Comparison", "Inspection", "Measurement"):
             assert ">>> " in documented.__doc__, f"{name} has no runnable example"

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from tp_amp.allocation import plan_for_target as plan_for_target
     from tp_amp.attention import find_attentions as find_attentions
     from tp_amp.batches import split_batches as split_batches
+    from tp_amp.comparing import compare as compare
+    from tp_amp.comparison import Comparison as Comparison
     from tp_amp.dimap import DIMAPImportance as DIMAPImportance
     from tp_amp.dimap import dimap_masks as dimap_masks
     from tp_amp.dimap import dimap_scopes as dimap_scopes
@@ -44,6 +46,7 @@ _MODULES = {
     "MLP": "mlps",
     "AdaptiveMLPPruner": "pruner",
     "Attention": "heads",
+    "Comparison": "comparison",
     "DIMAPImportance": "dimap",
     "EntropyTaylorImportance": "importance",
     "GramSchmidtImportance": "gram_schmidt",
@@ -54,6 +57,7 @@ _MODULES = {
     "ReconstructionImportance": "reconstruction",
     "Report": "report",
     "apply_plan": "plan",
+    "compare": "comparing",
     "measure_both": "measuring",
     "compensate": "rebuild",
     "create_model": "saving",

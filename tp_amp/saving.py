@@ -168,14 +168,20 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
         source = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    model = _dense(source, folder)
+    model = build_dense(source, folder)
     if source.get("dtype"):
         model.to(getattr(torch, source["dtype"]))
     load_pruned(model, folder)
     return model
 
 
-def _dense(source: dict[str, Any], folder: Any) -> nn.Module:
+def build_dense(source: dict[str, Any], folder: Any) -> nn.Module:
+    """Build the dense model that a source.json names, with random weights.
+
+    Raises:
+        ValueError: it names no library that is known here.
+        ImportError: the library is not installed.
+    """
     library, name, arguments = source["library"], source["name"], source["arguments"]
     if library == "timm":
         import timm
@@ -184,7 +190,9 @@ def _dense(source: dict[str, Any], folder: Any) -> nn.Module:
     if library == "open_clip":
         import open_clip
 
-        return open_clip.create_model(name, **{**arguments, "pretrained": None}).visual  # type: ignore[no-any-return]
+        # Or the text tower's weights are fetched, of which nothing is used.
+        arguments = {"pretrained_text": False, **arguments, "pretrained": None}
+        return open_clip.create_model(name, **arguments).visual  # type: ignore[no-any-return]
     if library == "transformers":
         try:
             import transformers

@@ -1,0 +1,267 @@
+"""What each command of `tp-amp` does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tp_amp
+from tp_amp._state import check_finite, seeded
+from tp_amp.batches import example
+from tp_amp.budget import Budget
+from tp_amp.comparing import compare as compare_importances
+from tp_amp.cutting import Site
+from tp_amp.describing import described, widths
+from tp_amp.drawing import draw
+from tp_amp.fidelity import class_count, default_metric
+from tp_amp.graph import build_graph
+from tp_amp.help_texts import IMPORTANCES
+from tp_amp.images import Images, open_images
+from tp_amp.inspection import macs_of
+from tp_amp.loaded import Loaded
+from tp_amp.mlps import MLP, read_mlps
+from tp_amp.plan import PruningPlan
+from tp_amp.pruning import FACTORIES, LABELLED, composed, prune_model
+from tp_amp.report import Report
+from tp_amp.saving import PLAN, save_pruned
+from tp_amp.sources import load
+from tp_amp.staging import check_output, staging
+
+logger = logging.getLogger(__name__)
+
+RECORD, REPORT = "prune.json", "report.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command prints: a text, or one JSON object."""
+
+    text: str
+    record: dict[str, Any]
+
+
+def run(options: Namespace) -> Answer:
+    """Run the command that was parsed, with everything random seeded."""
+    commands = {"inspect": inspect, "compare": compare, "prune": prune, "report": report}
+    with seeded(getattr(options, "seed", 0)):
+        return commands[options.command](options)
+
+
+def inspect(options: Namespace) -> Answer:
+    """Tell what can be cut."""
+    loaded = _load(options)
+    told = logging.getLogger("tp_amp.inspection")
+    level = told.level
+    told.setLevel(logging.ERROR)  # its warnings stand in the answer
+    try:
+        found = tp_amp.inspect(loaded.model, loaded.blank())
+    finally:
+        told.setLevel(level)
+    return Answer(str(found), {"spec": options.model, **asdict(found)})
+
+
+def compare(options: Namespace) -> Answer:
+    """Measure importances side by side."""
+    if options.plot:
+        _check_plot(Path(options.plot))
+    images = open_images(options.data, options.split)
+    loaded = _load(options)
+    labelled, (scoring, judging) = _batches(options, images, loaded)
+    names = options.importance or [n for n in IMPORTANCES if labelled or n not in LABELLED]
+    found = compare_importances(
+        loaded.model,
+        loaded.blank(),
+        {name: FACTORIES[name]() for name in names},
+        scoring,
+        evaluation=judging,
+        fractions=options.keep,
+        compensation=options.compensation,
+        seed=options.seed,
+    )
+    lines = [str(found)]
+    if options.plot:
+        found.plot(options.plot)
+        lines.append(f"drawn: {options.plot}")
+    lines.append(f"next: tp-amp prune {options.model} ... --importance NAME --target params=0.6")
+    return Answer("\n".join(lines), {"spec": options.model, **asdict(found)})
+
+
+def prune(options: Namespace) -> Answer:
+    """Cut a model, compensate, and write it whole or not at all."""
+    output = Path(options.output)
+    check_output(output, options.overwrite)
+    images = open_images(options.data, options.split)
+    loaded = _load(options)
+    model, inputs = loaded.model, loaded.blank()
+    mlps = _check_size(model, inputs, options)
+    with staging(output, model) as folder:
+        labelled, (scoring, judging) = _batches(options, images, loaded)
+        if options.importance in LABELLED and not labelled:
+            raise ValueError(
+                f"--importance {options.importance} needs labels, and {options.data} has none of "
+                "this model's classes; take another (entropy and reconstruction need none)"
+            )
+        metric, measure = default_metric(model, judging)
+        before = {**_size(model, inputs), metric: measure(model)}
+        dense = copy.deepcopy(model)
+        plan = prune_model(model, inputs, mlps, scoring, judging, options)
+        after = {**_size(model, inputs), metric: measure(model)}
+        both = tp_amp.measure_both(dense, model, judging)
+        if loaded.plan is not None:
+            plan = composed(loaded.plan, plan)
+        record = {
+            "spec": options.model,
+            "output": options.output,
+            **{key: getattr(options, key) for key in _SETTINGS},
+            "images_scored": _count(scoring),
+            "images_judged": _count(judging),
+            "before": before,
+            "after": after,
+            "widths": widths(plan),
+            "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
+        }
+        _write(loaded, plan, record, folder)
+        plan.report(*both).save(folder / REPORT)
+    files = ", ".join(sorted(path.name for path in output.iterdir()))
+    saved = f"saved in {output}: {files}\nnext: tp-amp report {output}"
+    return Answer(f"{described(record)}\n{saved}", record)
+
+
+def _write(loaded: Loaded, plan: PruningPlan, record: dict[str, Any], folder: Path) -> None:
+    origin = {"library": loaded.library, "name": loaded.name}
+    save_pruned(loaded.model, folder, plan, **origin, arguments=loaded.arguments)
+    if loaded.processor is not None:
+        loaded.processor.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def report(options: Namespace) -> Answer:
+    """Show a saved plan."""
+    if options.html and not options.html.endswith(".html"):
+        raise ValueError(f"--html {options.html} must end in .html")
+    folder = Path(options.folder)
+    if not (folder / PLAN).is_file():
+        raise ValueError(
+            f"{options.folder} holds no {PLAN}; pass the --output folder of tp-amp prune"
+        )
+    plan = PruningPlan.from_json((folder / PLAN).read_text())
+    found = plan.report()
+    if (folder / REPORT).is_file():
+        try:
+            found = Report.from_json((folder / REPORT).read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / REPORT} is damaged ({error}); prune again") from error
+    following = f"next: tp-amp inspect {folder}, or tp_amp.create_model({str(folder)!r}) in Python"
+    if options.html:
+        found.save(options.html)
+        following = f"drawn: {options.html}\n{following}"
+    return Answer(f"{found}\n{following}", json.loads(found.to_json()))
+
+
+_SETTINGS = (
+    "importance",
+    "compensation",
+    "target",
+    "max_increase",
+    "prune_num_heads",
+    "round_to",
+    "min_width",
+    "seed",
+)
+
+
+def _load(options: Namespace) -> Loaded:
+    device = _device(options.device)
+    loaded = load(
+        options.model,
+        arguments=dict(options.model_args),
+        pretrained=options.pretrained,
+        weights=options.weights,
+    )
+    check_finite(loaded.model)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    loaded.model.to(device, dtype).eval()
+    return loaded
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()  # fails on the meta device too
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name} is not there ({str(error).splitlines()[0]}); --device cpu always is"
+        ) from error
+    return device
+
+
+def _batches(options: Namespace, images: Images, loaded: Loaded) -> tuple[bool, list[list[Any]]]:
+    """Images that score, and others that judge; with labels where they are the model's classes."""
+    if not (options.pretrained or options.weights or loaded.plan):
+        logger.warning(
+            "%s has random weights, good for trying commands only; --pretrained or --weights FILE "
+            "gives it trained ones",
+            options.model,
+        )
+    classes = class_count(loaded.model, example(loaded.blank()))
+    labelled = classes is not None and images.classes == classes
+    if images.classes and classes and not labelled:
+        logger.warning(
+            "the labels of %s are left out: %d classes, the model has %d",
+            options.data,
+            images.classes,
+            classes,
+        )
+    return labelled, draw(
+        images,
+        loaded.transform,
+        (options.images, options.search_images),
+        mode=loaded.mode,
+        labelled=labelled,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        skip_corrupt=options.skip_corrupt,
+    )
+
+
+def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
+    """Find the MLPs, and refuse a target out of reach before any long work."""
+    traced = build_graph(model, inputs)
+    mlps = read_mlps(model, traced)
+    if not mlps:
+        raise ValueError(
+            f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer why"
+        )
+    if options.target is not None and not options.prune_num_heads:
+        sites: list[Site] = [*mlps]
+        budget = Budget(options.target, model, traced.graph, sites, example(inputs))
+        least = max(options.round_to, options.min_width)
+        budget.check({mlp.down: min(mlp.width, least) for mlp in mlps})
+    return mlps
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {path} must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it first")
+
+
+def _size(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """Parameters, and multiply-accumulates of one image."""
+    macs = macs_of(model, example(inputs))[""]
+    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": int(macs)}
+
+
+def _count(batches: list[Any]) -> int:
+    return sum(len(batch[0] if isinstance(batch, tuple) else batch) for batch in batches)
