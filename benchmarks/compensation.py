@@ -83,6 +83,8 @@ class Comparison:
         order = self.orders["Reconstruction"]
         found["Reconstruction, own widths + mean"] = self.compensated(order, own, "mean")
         found["Reconstruction, own widths + affine"] = self.compensated(order, own, "affine")
+        name = "Reconstruction, own widths + affine, every Linear"
+        found[name] = self.compensated(order, own, "affine", every_linear=True)
         return found
 
     def planned_widths(self, parameters: float) -> dict[str, int]:
@@ -92,12 +94,16 @@ class Comparison:
         )
         return plan.widths
 
-    def compensated(self, order: Orders, widths: dict[str, int], method: Any) -> float:
+    def compensated(
+        self, order: Orders, widths: dict[str, int], method: Any, every_linear: bool = False
+    ) -> float:
         """Test accuracy with tp_amp's compensation."""
         keep = {name: sorted(order[name][:width]) for name, width in widths.items()}
         model = copy.deepcopy(self.bench.model)
         plan = tp_amp.PruningPlan(keep)
-        tp_amp.compensate(model, plan, self.batches, method=method, progress=False)
+        tp_amp.compensate(
+            model, plan, self.batches, method=method, every_linear=every_linear, progress=False
+        )
         return accuracy(model, self.bench.images, self.bench.labels, 64)
 
     def one_shot(self, order: Orders, widths: dict[str, int], method: str) -> float:
@@ -121,7 +127,7 @@ def descending(scores: torch.Tensor) -> list[int]:
 
 
 def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namespace) -> Any:
-    """Accuracy of tp_amp's recipe by the number of unlabelled images, one seed."""
+    """Accuracy of tp_amp's fullest recipe by the number of unlabelled images, one seed."""
     found: dict[str, dict[str, float]] = {}
     for count in tqdm(options.counts, desc="images", disable=None):
         comparison = Comparison(bench, draw(count), 0, min(count, options.hessian_images))
@@ -130,7 +136,9 @@ def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namesp
         for fraction in options.sweep_at:
             size = bench.size(bench.widths(fraction))["parameters"]
             own = comparison.planned_widths(size)
-            found[str(count)][str(fraction)] = comparison.compensated(order, own, "affine")
+            found[str(count)][str(fraction)] = comparison.compensated(
+                order, own, "affine", every_linear=True
+            )
     return found
 
 

@@ -11,8 +11,8 @@ from reference import spread, table
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 CURVES = {
-    "Reconstruction, own widths + affine": ("#D55E00", "o", "-"),
-    "Reconstruction + affine": ("#E69F00", "s", "-"),
+    "Reconstruction, own widths + affine, every Linear": ("#D55E00", "o", "-"),
+    "Reconstruction, own widths + affine": ("#E69F00", "s", "-"),
     "EntropyTaylor, prediction + affine": ("#0072B2", "^", "--"),
     "DIMAP + affine": ("#009E73", "v", "--"),
     "CORP: magnitude + affine at once": ("#CC79A7", "D", ":"),
@@ -39,7 +39,7 @@ def report(record: dict[str, Any]) -> str:
         counts = record["images"]
         kept = list(next(iter(counts.values())))
         parts.append(
-            "Reconstruction, own widths + affine, by the number of unlabelled images:\n"
+            "Reconstruction, own widths + affine, every Linear, by the number of unlabelled images:\n"
             + table(
                 ["images", *kept],
                 [[n, *(f"{100 * found[k]:.1f}" for k in kept)] for n, found in counts.items()],

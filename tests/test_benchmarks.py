@@ -9,6 +9,7 @@ import compensation_report
 import criteria
 import criteria_plot
 import dimap
+import distill
 import importances
 import measuring
 import pyarrow
@@ -392,3 +393,38 @@ def test_compensation(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == compensation_report.report(record).strip()
     with Image.open(tmp_path / "out" / "compensation_vit.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_distill(tmp_path, capsys):
+    model = random_reference("vit")
+    reference.save_reference(model, "vit", {}, tmp_path)
+    images = random_images(TEST, 1)
+    expected = masked_predictions(model, images)
+    write_parquet(tmp_path / "data", "train", random_images(TRAIN, 2), random_labels(TRAIN, 2))
+    write_parquet(tmp_path / "data", "test", images, expected)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "distill.json").write_text('{"swin": {"dense": 0.5}}')
+
+    options = "--images 8 --train-images 20 --test-images 0 --epochs 1 --batch-size 8 --warmup 0"
+    paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
+    distill.main(["--model", "vit", *options.split(), *map(str, paths)])
+
+    record = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert record["swin"] == {"dense": 0.5}
+    found = record["vit"]
+    dense = model(cifar.normalize(images)).argmax(-1)
+    assert found["dense"] == pytest.approx((expected == dense).float().mean().item())
+    assert found["rows"].keys() == {*distill.ROWS}
+    assert found["rows"]["Magnitude L2"]["before"] == 1
+    assert found["rows"]["EntropyTaylor"]["before"] < 1
+    assert "recovered (%)" in capsys.readouterr().out
+
+
+def test_distillation_reads_every_image_once_in_another_order_each_time():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32)
+    batches = distill.Augmented(images, 3)
+    assert len(batches) == 3
+    torch.manual_seed(0)
+    orders = [[float(i[0, 0, 0]) for batch in batches for i in batch] for _ in range(2)]
+    assert all(len({*order}) == 9 for order in orders)
+    assert orders[0] != orders[1]

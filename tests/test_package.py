@@ -5,7 +5,7 @@ import tp_amp
 
 
 def test_import_is_light() -> None:
-    heavy = {"timm", "open_clip", "scipy", "matplotlib", "pyarrow"}
+    heavy = {"accelerate", "timm", "open_clip", "peft", "scipy", "matplotlib", "pyarrow"}
     code = f"import sys, tp_amp; print(sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tp_amp.dimap import dimap_masks as dimap_masks
     from tp_amp.dimap import dimap_scopes as dimap_scopes
     from tp_amp.dimap import dimap_sparsify as dimap_sparsify
+    from tp_amp.distillation import distill as distill
     from tp_amp.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
     from tp_amp.gram_schmidt import gram_schmidt_order as gram_schmidt_order
     from tp_amp.heads import Attention as Attention
@@ -64,6 +65,7 @@ _MODULES = {
     "dimap_masks": "dimap",
     "dimap_scopes": "dimap",
     "dimap_sparsify": "dimap",
+    "distill": "distillation",
     "find_attentions": "attention",
     "find_mlps": "mlps",
     "gram_schmidt_order": "gram_schmidt",

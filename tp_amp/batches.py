@@ -178,7 +178,7 @@ def check_batches(batches: Any, *, repeatable: bool = False) -> None:
         raise TypeError(f"expected an iterable of batches, found {type(batches).__name__}")
     if repeatable and isinstance(batches, Iterator):
         raise TypeError(
-            f"the search reads its batches many times, found a one-shot {type(batches).__name__}; "
+            f"the batches are read many times, found a one-shot {type(batches).__name__}; "
             "pass a DataLoader or a list of batches"
         )
 

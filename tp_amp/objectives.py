@@ -26,7 +26,7 @@ def prediction_entropy(logits: Tensor) -> Tensor:
         >>> round(float(prediction_entropy(torch.zeros(3, 10))), 4)  # log(10)
         2.3026
     """
-    log_p = _wide(logits).log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
@@ -53,11 +53,12 @@ def similarity_logits(features: Tensor, temperature: float) -> Tensor:
             "the similarity objective compares the images of a batch and found a batch of "
             f"{len(features)}; use larger batches, and drop_last=True for a last batch of one"
         )
-    unit = nn.functional.normalize(_wide(features), dim=-1)
+    unit = nn.functional.normalize(wide(features), dim=-1)
     return unit @ unit.T / temperature
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """The values in float32 if they were in half precision, else as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -187,12 +188,7 @@ def pooled_features(model: nn.Module, inputs: Inputs) -> Tensor:
         TypeError: the model's output holds no such features.
         ValueError: the model fails on the batch.
     """
-    visual = getattr(model, "visual", None)  # open_clip's CLIP, of which images use one tower
-    if isinstance(visual, nn.Module):
-        return pooled_features(visual, inputs)
-    trunk = getattr(model, "trunk", None)  # open_clip's wrapper of a timm model
-    if isinstance(trunk, nn.Module):
-        return pooled_features(trunk, inputs)
+    model = image_tower(model)
     trunk_forward: Any = getattr(model, "forward_features", None)
     head_forward: Any = getattr(model, "forward_head", None)
     if trunk_forward is not None and head_forward is not None:  # timm
@@ -201,6 +197,15 @@ def pooled_features(model: nn.Module, inputs: Inputs) -> Tensor:
         )
     with _without_projection(model):
         return _vector(inputs.call(model))
+
+
+def image_tower(model: nn.Module) -> nn.Module:
+    """The part of an open_clip model that makes image features; other models are it themselves."""
+    for name in ("visual", "trunk"):  # CLIP's image tower, and the timm model wrapped in it
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            return image_tower(part)
+    return model
 
 
 @contextmanager
