@@ -39,7 +39,7 @@ def report(record: dict[str, Any]) -> str:
         counts = record["images"]
         kept = list(next(iter(counts.values())))
         parts.append(
-            "Reconstruction, own widths + affine, every Linear, by the number of unlabelled images:\n"
+            "Own widths + affine, every Linear, by the number of unlabelled images:\n"
             + table(
                 ["images", *kept],
                 [[n, *(f"{100 * found[k]:.1f}" for k in kept)] for n, found in counts.items()],
