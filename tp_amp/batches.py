@@ -73,7 +73,7 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
         TypeError: the batch is none of these.
         ValueError: the batch is empty.
     """
-    labels = _labels(batch)
+    labels = labels_of(batch)
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -95,7 +95,7 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
     return inputs
 
 
-def _labels(batch: Any) -> Tensor | None:
+def labels_of(batch: Any) -> Tensor | None:
     """The classes of a batch's images; None where what it holds can't be that."""
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in sorted(LABEL_KEYS & batch.keys())), None)

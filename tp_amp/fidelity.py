@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp._state import observing
-from tp_amp.batches import Inputs, prepare
+from tp_amp.batches import Inputs, labels_of, prepare
 from tp_amp.objectives import ends_in_classifier, pooled_features, read_logits
-from tp_amp.scoring import labels_of
 
 Metric = Callable[[nn.Module], float]
 

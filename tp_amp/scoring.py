@@ -10,20 +10,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_amp._state import evaluating, observing
-from tp_amp.batches import LABEL_KEYS, bar, prepare, stream
+from tp_amp.batches import bar, labels_of, prepare, stream
 from tp_amp.importance import EntropyTaylorImportance
 from tp_amp.objectives import read_logits
 from tp_amp.reconstruction import ReconstructionImportance
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """The class of each image of a batch: what follows the images, or a label key of a dict."""
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    else:
-        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    is_classes = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
-    return found if is_classes else None
 
 
 def make_ready(
