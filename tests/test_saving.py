@@ -100,11 +100,13 @@ def test_transformers_models_build_themselves(tmp_path: Path) -> None:
         assert torch.equal(run(again.eval(), inputs), run(model.eval(), inputs))
 
 
-def test_a_bias_that_compensation_added_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every_linear", [False, True])
+def test_a_bias_that_compensation_added_comes_back(every_linear: bool, tmp_path: Path) -> None:
     model = toy(bias=False)
     dense = copy.deepcopy(model)
     plan = tp_amp.plan_from_importance(model, images(1), tp_amp.DIMAPImportance(), 0.5)
-    tp_amp.compensate(model, plan, [images(40)], add_bias=True, progress=False)
+    options = {"add_bias": True, "every_linear": every_linear}
+    tp_amp.compensate(model, plan, [images(40)], progress=False, **options)
     tp_amp.save_pruned(model, tmp_path, plan)
     tp_amp.load_pruned(dense, tmp_path)
     assert torch.equal(dense(images()), model(images()))

@@ -142,7 +142,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
         for down, kept in plan.keep.items():
             for group in cut(graph, plan.sites[down], kept):
                 group.prune(record_history=False)
-    _load(model, folder / WEIGHTS, plan)
+    _load(model, folder / WEIGHTS)
     return plan
 
 
@@ -231,17 +231,22 @@ def _width(model: nn.Module, down: str) -> int:
     return int(weight.shape[1])
 
 
-def _load(model: nn.Module, path: Path, plan: PruningPlan) -> None:
+def _load(model: nn.Module, path: Path) -> None:
     """Load strictly; a bias that compensation added is made first."""
     from safetensors import safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
             names = set(file.keys())
-        for down in plan.keep:
-            layer: Any = model.get_submodule(down)
-            if f"{down}.bias" in names and layer._parameters.get("bias") is None:
-                layer._parameters["bias"] = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+        for name, module in model.named_modules():
+            layer: Any = module
+            own = layer._parameters
+            if (
+                f"{name}.bias" in names
+                and own.get("weight") is not None
+                and own.get("bias") is None
+            ):
+                own["bias"] = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
         load_model(model, str(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model or is damaged: {error}") from error
