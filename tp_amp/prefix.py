@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from tp_amp.chain import find_chain
 from tp_amp.cutting import Site
 
 logger = logging.getLogger(__name__)
-
-_OTHERS = "the batches are others each time; every probe runs the whole model"
 
 
 class Prefix:
@@ -71,7 +70,7 @@ class Prefix:
             if self.steps and self._inside[0] != site.down:
                 self._look_inside(site, place)
         except _OtherBatch:
-            self._give_up(_OTHERS)
+            self._give_up("the batches are others each time", logging.WARNING)
 
     def run(self, site: Site, function: Callable[[], float]) -> float:
         """Call a function that runs the model, cut at `site`, on all batches in turn."""
@@ -82,15 +81,15 @@ class Prefix:
             with self._replayed(place):
                 return function()
         except _OtherBatch:
-            self._give_up(_OTHERS)
+            self._give_up("the batches are others each time", logging.WARNING)
             return function()
 
     def _place(self, site: Site) -> int | None:
         name = f"{site.name}."
         return next((i for i, s in enumerate(self.steps) if name.startswith(f"{s}.")), None)
 
-    def _give_up(self, reason: str) -> None:
-        logger.warning(reason)
+    def _give_up(self, reason: str, level: int) -> None:
+        logger.log(level, "%s: every probe runs the whole model", reason)
         self.steps = []
         self.reset()
 
@@ -106,7 +105,7 @@ class Prefix:
         with ExitStack() as stack, self._passes() as passes:
             stack.enter_context(self._first_seen())
             for name in self.steps[:place]:
-                keep = self._given[name].append
+                keep = partial(self._keep, name)
                 stack.enter_context(_seen(self.model.get_submodule(name), keep))
             stack.enter_context(self._stopped(self.steps[place]))
             for inputs in passes:
@@ -116,9 +115,13 @@ class Prefix:
                     del self._given[next(iter(self._given))]
         last = self._given.get(self.steps[place - 1], [])
         if not all(type(output) is Tensor for output in last):
-            self._give_up("the blocks return more than a tensor; every probe runs the whole model")
+            self._give_up("the blocks return more than a tensor", logging.INFO)
         elif not last:
-            self._give_up("what one block gives is above the limit; every probe runs all blocks")
+            self._give_up("what one block gives is above the limit", logging.INFO)
+
+    def _keep(self, name: str, output: Any) -> None:
+        if name in self._given:  # else it did not fit
+            self._given[name].append(output)
 
     def _look_inside(self, site: Site, place: int) -> None:
         """Keep what the modules of a step give that are done before the site's first layer runs."""
@@ -126,10 +129,11 @@ class Prefix:
         done: dict[str, list[Any]] = {}
         calls: dict[str, int] = {}
         started: list[bool] = []
+        wanted: set[str] | None = None
 
         def keep(name: str, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if not started:
+            if not started and (wanted is None or name in wanted):
                 done.setdefault(name, []).append(output)
 
         names = [name for name, module in block.named_modules() if name and _is_large(module)]
@@ -138,8 +142,7 @@ class Prefix:
                 self._first = []
                 stack.enter_context(self._first_seen())
             for name in names:
-                keep_it = lambda output, name=name: keep(name, output)  # noqa: E731
-                stack.enter_context(_seen(block.get_submodule(name), keep_it))
+                stack.enter_context(_seen(block.get_submodule(name), partial(keep, name)))
             for name in site.up:
                 up = self.model.get_submodule(name)
                 stack.enter_context(_forward(up, _announced(lambda _: started.append(True))))
@@ -147,22 +150,18 @@ class Prefix:
             # The first batch runs to the end, to see which modules are called again.
             inputs = next(passes)
             inputs.call(self.model)
-            whole = {name for name in done if calls[name] == 1 and started}
+            once = {n for n in done if started and calls[n] == 1 and type(done[n][0]) is Tensor}
+            wanted = {n for n in once if not any(n.startswith(f"{other}.") for other in once)}
+            done = {name: done[name] for name in wanted}
             for name in site.up:
                 stack.enter_context(self._stopped(name))
-            for inputs in passes if whole else ():
+            for inputs in passes if wanted else ():
                 started.clear()
                 with suppress(_Stop):
                     inputs.call(self.model)
-        count = len(self._first)
-        whole = {
-            name
-            for name in whole
-            if len(done[name]) == count and all(type(output) is Tensor for output in done[name])
-        }
-        outer = {n: done[n] for n in whole if not any(n.startswith(f"{o}.") for o in whole)}
-        fits = _bytes(self._given) + _bytes(outer) <= self.limit
-        self._inside = (site.down, outer if fits else {})
+        whole = all(len(outputs) == len(self._first) for outputs in done.values())
+        fits = _bytes(self._given) + _bytes(done) <= self.limit
+        self._inside = (site.down, done if whole and fits else {})
 
     def _stopped(self, name: str) -> Any:
         """A pass that ends where a module would run."""
