@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,9 @@ class Comparison:
     """All recipes on one model and one draw of unlabelled images."""
 
     def __init__(self, bench: Bench, batches: Batches, seed: int, hessian_images: int) -> None:
-        self.bench, self.batches = bench, batches
-        criteria = all_criteria(hessian_images)
-        self.orders = {
-            name: bench.rank(criterion, batches, seed)
-            for name, criterion in criteria.items()
-            if name not in LEFT_OUT
-        }
+        self.bench, self.batches, self.seed = bench, batches, seed
+        self.criteria = all_criteria(hessian_images)
+        self.orders: dict[str, Orders] = {}
         self.importance = tp_amp.ReconstructionImportance("prediction")
         downs = [mlp.down for mlp in bench.mlps]
         self.importance.collect(bench.model, batches, layers=downs, progress=False)
@@ -67,25 +64,43 @@ class Comparison:
     def _down(self, name: str, model: nn.Module | None = None) -> Any:
         return (model or self.bench.model).get_submodule(name)
 
-    def rows(self, fraction: float) -> dict[str, float]:
-        """Accuracy of every recipe with that fraction of the MLPs kept."""
+    def order(self, name: str) -> Orders:
+        """The channels of each MLP by a criterion, ranked once."""
+        if name not in self.orders:
+            self.orders[name] = self.bench.rank(self.criteria[name], self.batches, self.seed)
+        return self.orders[name]
+
+    def rows(self, fraction: float, recipes: Sequence[str]) -> dict[str, float]:
+        """Accuracy of every recipe, or of some, with that fraction of the MLPs kept."""
         widths = self.bench.widths(fraction)
-        found = {}
-        for name, order in self.orders.items():
-            found[name] = self.bench.accuracy(order, widths)
-            found[f"{name} + affine"] = self.compensated(order, widths, "affine")
-        magnitude = self.orders["DIMAP"]
-        found["VBP: variance + mean"] = self.one_shot(self.variance, widths, "mean")
-        found["FLAP: variance and norm + mean"] = self.one_shot(self.flap, widths, "mean")
-        found["GRAIL: magnitude + uncentred ridge"] = self.one_shot(magnitude, widths, "GRAIL")
-        found["CORP: magnitude + affine at once"] = self.one_shot(magnitude, widths, "affine")
-        own = self.planned_widths(self.bench.size(widths)["parameters"])
-        order = self.orders["Reconstruction"]
-        found["Reconstruction, own widths + mean"] = self.compensated(order, own, "mean")
-        found["Reconstruction, own widths + affine"] = self.compensated(order, own, "affine")
-        name = "Reconstruction, own widths + affine, every Linear"
-        found[name] = self.compensated(order, own, "affine", every_linear=True)
-        return found
+        found: dict[str, Callable[[], float]] = {}
+        for name in [*(n for n in self.criteria if n not in LEFT_OUT), "Reconstruction"]:
+            found[name] = lambda name=name: self.bench.accuracy(self.order(name), widths)
+            found[f"{name} + affine"] = lambda name=name: self.compensated(
+                self.order(name), widths, "affine"
+            )
+        for name, order, method in (
+            ("VBP: variance + mean", lambda: self.variance, "mean"),
+            ("FLAP: variance and norm + mean", lambda: self.flap, "mean"),
+            ("GRAIL: magnitude + uncentred ridge", lambda: self.order("DIMAP"), "GRAIL"),
+            ("CORP: magnitude + affine at once", lambda: self.order("DIMAP"), "affine"),
+        ):
+            found[name] = lambda o=order, m=method: self.one_shot(o(), widths, m)
+        for name, method, every in (
+            ("Reconstruction, own widths + mean", "mean", False),
+            ("Reconstruction, own widths + affine", "affine", False),
+            ("Reconstruction, own widths + affine, every Linear", "affine", True),
+        ):
+            found[name] = lambda m=method, every=every: self.compensated(
+                self.orders["Reconstruction"],
+                self.planned_widths(self.bench.size(widths)["parameters"]),
+                m,
+                every,
+            )
+        unknown = set(recipes) - set(found)
+        if unknown:
+            raise SystemExit(f"no recipes {sorted(unknown)}; there are {list(found)}")
+        return {name: measure() for name, measure in found.items() if name in (recipes or found)}
 
     def planned_widths(self, parameters: float) -> dict[str, int]:
         """The widths of the smallest foreseen loss with so many parameters."""
@@ -154,6 +169,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hessian-images", type=int, default=128, help="of these, for Hessian")
     parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048])
     parser.add_argument("--sweep-at", type=float, nargs="+", default=[0.5, 0.3, 0.15])
+    parser.add_argument(
+        "--recipes", nargs="+", default=[], help="measure these alone; an earlier result's stay"
+    )
     parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
     return parser.parse_args(arguments)
 
@@ -182,14 +200,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def draw(count: int, seed: int = 0) -> Batches:
         return draw_batches(train, (count,), seed, "cpu")[0]
 
+    path = options.output / f"compensation_{options.model}.json"
+    if options.recipes and path.exists():
+        earlier = json.loads(path.read_text())
+        kept = {f: dict(earlier["accuracy"][f]) for f in record["accuracy"]}
+        for name in options.recipes:
+            for rows in kept.values():
+                rows.pop(name, None)
+        record = {**earlier, "versions": record["versions"], "accuracy": kept}
     for seed in options.seeds:
         comparison = Comparison(bench, draw(options.images, seed), seed, options.hessian_images)
         for fraction in tqdm(options.fractions, desc=f"seed {seed}", disable=None):
-            for name, value in comparison.rows(fraction).items():
+            for name, value in comparison.rows(fraction, options.recipes).items():
                 record["accuracy"][str(fraction)].setdefault(name, []).append(value)
         record["configuration"]["seeds"] = options.seeds[: options.seeds.index(seed) + 1]
         write(record, options)
-    record["images"] = sweep(bench, draw, options)
+    if options.counts:
+        record["images"] = sweep(bench, draw, options)
     write(record, options)
     print(report(record))
 

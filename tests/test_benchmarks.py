@@ -377,9 +377,10 @@ def test_compensation(tmp_path, capsys):
     write_parquet(tmp_path / "data", "train", random_images(TRAIN, 2), random_labels(TRAIN, 2))
     write_parquet(tmp_path / "data", "test", images, labels)
 
-    options = "--fractions 0.5 --seeds 0 --images 24 --hessian-images 2 --counts 24 --sweep-at 0.5"
+    options = "--fractions 0.5 --seeds 0 --images 24 --hessian-images 2 --sweep-at 0.5 --counts 24"
     paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
-    compensation.main(["--model", "vit", "--test-images", "0", *options.split(), *map(str, paths)])
+    command = ["--model", "vit", "--test-images", "0", *options.split(), *map(str, paths)]
+    compensation.main(command)
 
     record = json.loads((tmp_path / "out" / "compensation_vit.json").read_text())
     assert record["dense"]["accuracy"] == 1
@@ -389,10 +390,19 @@ def test_compensation(tmp_path, capsys):
     for name in ("EntropyTaylor, prediction", "GramSchmidt", "Taylor", "Random"):
         assert {name, f"{name} + affine"} <= found.keys()
     assert {name.split(":")[0] for name in found} >= {"VBP", "FLAP", "GRAIL", "CORP"}
-    assert record["images"]["24"]["0.5"] == found["Reconstruction, own widths + affine"]
+    full = "Reconstruction, own widths + affine, every Linear"
+    assert record["images"]["24"]["0.5"] == found[full]
     assert capsys.readouterr().out.strip() == compensation_report.report(record).strip()
     with Image.open(tmp_path / "out" / "compensation_vit.png") as picture:
         assert picture.size[0] > 500
+
+    one = ["--recipes", "Random + affine", "--counts"]
+    compensation.main(
+        ["--model", "vit", "--test-images", "0", *options.split(), *one, *map(str, paths)]
+    )
+    again = json.loads((tmp_path / "out" / "compensation_vit.json").read_text())
+    assert again["accuracy"] == record["accuracy"]
+    assert again["images"] == record["images"]
 
 
 def test_distill(tmp_path, capsys):
