@@ -16,6 +16,7 @@ from tp_amp.batches import bar, stream
 from tp_amp.checkpoint import Checkpoint
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
+from tp_amp.distributed import check_same, merged
 from tp_amp.heads import Attention
 from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply, corrected, token_weights
@@ -84,7 +85,7 @@ class WidthSearch:
             self._known = dict(checkpoint.facts)
             self._orders = {name: order.tolist() for name, order in checkpoint.tensors.items()}
         if not rescore and not self._orders:
-            self._orders = {site.down: order for site, order in rank(sites).items()}
+            self._orders = self._ranked(sites)
             self._write()
         self.dense_entropy = self._measured("")
 
@@ -182,9 +183,15 @@ class WidthSearch:
         name = ",".join([site.down, *map(str, before)])
         if name not in self._orders:
             self._settle()
-            self._orders[name] = self.rank([site])[site]
+            self._orders[name] = self._ranked([site])[site.down]
             self._write()
         return self._orders[name]
+
+    def _ranked(self, sites: Sequence[Site]) -> dict[str, list[int]]:
+        orders = {site.down: order for site, order in self.rank(sites).items()}
+        advice = "collect under the process group, or all-reduce the gradients that it reads"
+        check_same("the importance's rankings", orders, advice)
+        return orders
 
     def _write(self) -> None:
         if self._checkpoint is not None:
@@ -234,7 +241,7 @@ class Compensator:
             for (values, _), weights in self._calls(site, down):
                 hidden = values[:, site.first : site.first + site.width]
                 moments.add(hidden, hidden[:, :0], weights)
-            self._moments = site.down, moments
+            self._moments = site.down, merged(f"the moments of {site.down}", moments)
         return self._moments[1]
 
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
@@ -245,7 +252,7 @@ class Compensator:
             calls = self._calls(site, down)
             for target, ((hidden, output), weights) in zip(self._targets[1], calls, strict=True):
                 moments.add(hidden, target - output, weights)
-        return moments
+        return merged(f"the moments of {site.down}", moments)
 
     def _calls(
         self, site: Site, down: nn.Module

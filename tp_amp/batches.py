@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from tp_amp.distributed import is_first
+
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 
@@ -162,8 +164,8 @@ def stream(
 
 
 def bar(items: Any, *, description: str, progress: bool, total: int | None = None) -> Any:
-    """Wrap an iterable in a progress bar that stays quiet when not on a terminal."""
-    disable = None if progress else True  # None: where nobody looks
+    """Wrap an iterable in a progress bar: on a terminal, and of several ranks on the first."""
+    disable = None if progress and is_first() else True  # None: where nobody looks
     return tqdm(items, desc=description, total=total, disable=disable, leave=False)
 
 

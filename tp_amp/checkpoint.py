@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tp_amp.distributed import agree, is_first, of_each
+
 FORMAT = 1
 
 
@@ -29,6 +31,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 class Checkpoint:
     """One file that a run reads when it starts and writes as it goes on.
+
+    Of several ranks the first alone reads and writes; all of them know what it read.
 
     Args:
         path: of the file, a safetensors file; its folder is made.
@@ -47,6 +51,12 @@ class Checkpoint:
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         self.tensors: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
+        if is_first():
+            self._read()
+        self.tensors, self.facts = agree(f"reading {path.name}", (self.tensors, self.facts))
+
+    def _read(self) -> None:
+        path = self.path
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             return
@@ -72,6 +82,8 @@ class Checkpoint:
 
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace what is on disk, at once."""
+        if not is_first():
+            return
         content = {"content": json.dumps({"identity": self.identity, "facts": dict(facts)})}
         stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         write_atomically(self.path, lambda part: save_file(stored, str(part), content))
@@ -85,6 +97,11 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().cpu().contiguous().flatten()
         found.update(values.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def first_digest(tensors: Iterable[Tensor]) -> str | list[str]:
+    """A short name for a first batch; of several ranks, one for each."""
+    return of_each("the first batch", digest((str(i), t) for i, t in enumerate(tensors)))
 
 
 def model_digest(model: nn.Module) -> str:

@@ -19,6 +19,10 @@ RIDGE = 1e-4
 _ROUNDING = 1e-12
 
 
+# Count, tokens, two means, and sums of products around the means.
+State = tuple[float, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]]
+
+
 class Moments:
     """Streaming moments of a cut layer's inputs x and of the residuals r that it leaves.
 
@@ -63,14 +67,16 @@ class Moments:
         x, r = x - means[0], r - means[1]
         weighted = x * w[:, None]
         batch = weighted.T @ x, r.T @ weighted, float((w @ r.square()).sum())
-        self._merge(count, means, batch)
-        self.tokens += len(x)
-        return self
+        return self.merge((count, len(x), means, batch))
 
-    def _merge(
-        self, count: float, means: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor, float]
-    ) -> None:
-        """Chan's parallel update, which loses no digits to large means."""
+    def state(self) -> State | None:
+        """Count, tokens, means and sums, for `merge`; None without any token."""
+        return (self.count, self.tokens, self._means, self._sums) if self.count else None
+
+    def merge(self, other: State) -> Moments:
+        """Add other tokens by Chan's parallel update, which loses no digits to large means."""
+        count, tokens, means, batch = other
+        self.tokens += tokens
         if not self.count:
             self._means, self._sums, self.count = means, batch, count
         else:
@@ -90,6 +96,7 @@ class Moments:
         self.mean_inputs, self.mean_residuals = self._means
         self.inputs, self.cross = (s / self.count for s in self._sums[:2])
         self.squares = self._sums[2] / self.count + float(self.mean_residuals.square().sum())
+        return self
 
     def part(self, first: int, end: int) -> Moments:
         """The moments of a range of the inputs."""

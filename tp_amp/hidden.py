@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tp_amp._state import hooks, observing
 from tp_amp.batches import check_batches, stream
 from tp_amp.compensation import Moments
+from tp_amp.distributed import merged, together
 
 # Covariances of all layers at once may take that many bytes; more are collected in turns.
 _BYTES = 2**30
@@ -23,7 +24,7 @@ def hidden_moments(
     *,
     progress: bool,
 ) -> dict[str, Moments]:
-    """Moments of the inputs of some layers, over all tokens.
+    """Moments of the inputs of some layers, over all tokens, of all ranks.
 
     Raises:
         ValueError: a layer is never called.
@@ -39,11 +40,13 @@ def hidden_moments(
         return add
 
     with (
+        together("covariances"),
         observing(model, gradients=False),
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
         for inputs in stream(batches, model, description="covariances", progress=progress):
             inputs.call(model)
+        moments = {name: merged(f"the moments of {name}", m) for name, m in moments.items()}
     for name, collected in moments.items():
         if not collected.count:
             raise ValueError(f"{name} was not called on the batches; leave it out of the layers")

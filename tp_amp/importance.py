@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from tp_amp._state import check_finite, fingerprint, hooks, observing
 from tp_amp.batches import Inputs, check_batches, stream
-from tp_amp.checkpoint import Checkpoint, describe, digest, model_digest
+from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
+from tp_amp.distributed import (
+    Turn,
+    add_up_named,
+    check_same_weights,
+    in_turns,
+    is_first,
+    together,
+    warn_of_same_images,
+)
 from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
 
@@ -95,6 +104,10 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         No parameter gradient is computed, only one batch's activations are kept, and the model is
         left as it was: flags, gradients, hooks and random state.
 
+        Under an initialised `torch.distributed` process group all ranks call it, each with its own
+        batches, as many and as large as it has. The n-th batches of all ranks count as one batch,
+        and all ranks get the same scores.
+
         Args:
             model: the model; it decides device and dtype of the images.
             batches: yields tensors `(images, ...)`, tuples `(images, labels)` or dicts; labels are
@@ -115,37 +128,54 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             ValueError: `layers` names what is no Linear or convolution, no batch, a batch of one
                 for `similarity`, images that the model fails on, NaN in weights or scores, or
                 the checkpoint is of another model, other images or arguments, which are named.
+            RuntimeError: another rank failed, with its message, or is gone.
         """
+        with together("scoring"):
+            self._collect(model, batches, layers, progress, checkpoint)
+        return self
+
+    def _collect(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        layers: Collection[str] | None,
+        progress: bool,
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> None:
         check_finite(model)
+        check_same_weights(model)
         recorder = _Recorder(model, layers)
         objective = self.objective
         with observing(model, gradients=True):
             saved: Checkpoint | None = None
             done = 0
             all_batches = stream(batches, model, description="scoring", progress=progress)
-            for index, inputs in enumerate(all_batches):
-                objective = objective.resolve(model, inputs)
+            for index, turn in enumerate(in_turns(all_batches)):
+                if turn.inputs is not None:
+                    objective = objective.resolve(model, turn.inputs)
+                if index == 0:
+                    warn_of_same_images(turn.inputs)
                 if checkpoint is not None and saved is None:
-                    saved = self._checkpoint(Path(checkpoint), model, inputs, layers)
+                    saved = self._checkpoint(Path(checkpoint), model, turn.inputs, layers)
                     done = recorder.resume(saved, next(model.parameters()).device)
                 if index < done:
                     continue
-                recorder.run(model, inputs, objective)
+                recorder.run(model, turn, objective)
                 if saved is not None:
-                    saved.write(recorder.sums, {"images": recorder.seen, "batches": index + 1})
+                    facts = {"images": recorder.seen, "batches": index + 1}
+                    saved.write(recorder.whole(), facts)
         scores = recorder.means()
         self.scores, self._layers = scores, layers
         self._resolved, self._fingerprint = objective, _fingerprint(model)
-        return self
 
     def _checkpoint(
-        self, folder: Path, model: nn.Module, first: Inputs, layers: Collection[str] | None
+        self, folder: Path, model: nn.Module, first: Inputs | None, layers: Collection[str] | None
     ) -> Checkpoint:
         identity = {
             "model": model_digest(model),
             "objective": describe(self.objective),
             "layers": None if layers is None else sorted(layers),
-            "first batch": digest((str(i), t) for i, t in enumerate(first.tensors())),
+            "first batch": first_digest(first.tensors() if first else ()),
         }
         return Checkpoint(folder / "scores.safetensors", identity)
 
@@ -259,28 +289,33 @@ class _Recorder:
         }
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
-        self.images = 0
+        self.images = self.images_of_all = 0
         self.inputs: set[int] = set()
 
     def resume(self, saved: Checkpoint, device: torch.device) -> int:
         """Take up the sums of a run that was killed, and say how many batches they are of."""
-        self.sums = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
+        if is_first():  # the file holds the sums of all ranks
+            self.sums = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
         self.seen = saved.facts.get("images", 0)
         return int(saved.facts.get("batches", 0))
 
-    def run(self, model: nn.Module, inputs: Inputs, objective: Objective) -> None:
+    def run(self, model: nn.Module, turn: Turn, objective: Objective) -> None:
+        inputs, self.images_of_all = turn.inputs, turn.images
+        self.seen += turn.images
+        if inputs is None:  # the other ranks wait for this one in the objective
+            objective.of_turn(model, turn)
+            return
         self.images = inputs.images
         self.inputs = {tensor.untyped_storage().data_ptr() for tensor in inputs.tensors()}
         with hooks(module.register_forward_pre_hook(self._watch) for module in self.names):
-            value = objective(model, inputs)
+            value = objective.of_turn(model, turn)
             if not value.requires_grad:
                 raise ValueError(
                     "the objective does not depend on any Linear's or convolution's input; "
                     "check that the objective reads the model's output with its gradient"
                 )
             # Times the images, so that half-precision gradients of a mean don't underflow.
-            (value * self.images).backward()  # type: ignore[no-untyped-call]
-        self.seen += self.images
+            (value * turn.images).backward()  # type: ignore[no-untyped-call]
 
     def _watch(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         # Input channels of the images are never pruned; gradients start after the first layer.
@@ -309,12 +344,16 @@ class _Recorder:
             hidden, gradient = hidden.float(), gradient.float()
         # Windows of one image lie next to each other, so they are summed like its tokens.
         product = (hidden * gradient).reshape(images, -1, channels)
-        total = product.sum(1).abs().sum(0) / self.images
+        total = product.sum(1).abs().sum(0) / self.images_of_all
         self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def whole(self) -> dict[str, Tensor]:
+        """The sums of all ranks."""
+        return add_up_named("adding up the scores", self.sums)
 
     def means(self) -> dict[str, Tensor]:
         """Mean over all images seen; raises ValueError naming a layer with a score not finite."""
-        scores = {name: total / self.seen for name, total in self.sums.items()}
+        scores = {name: total / self.seen for name, total in self.whole().items()}
         for name, score in scores.items():
             if not bool(torch.isfinite(score).all()):
                 raise ValueError(

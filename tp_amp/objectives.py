@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tp_amp._state import evaluating, hooks, seeded
 from tp_amp.batches import Inputs, stream
+from tp_amp.distributed import Turn, active, add_up, agree, gather_rows, in_turns, together
 
 logger = logging.getLogger(__name__)
 
@@ -107,20 +108,35 @@ class Objective:
             value = similarity_entropy(pooled_features(model, inputs), self.temperature)
         else:
             value = self.of_output(inputs.call(model))
-        if not bool(torch.isfinite(value)):
-            raise ValueError(
-                f"the objective is {float(value.detach())} on a batch; check the images for NaN, "
-                "and the model's precision"
-            )
-        return value
+        return _finite(value)
 
-    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
-        """Run the model and return what the softmax is taken of; None for a callable's output."""
-        if callable(self.kind):
-            return None
+    def of_turn(self, model: nn.Module, turn: Turn) -> Tensor:
+        """The objective of the batches of all ranks as one, with the gradient of this rank's own.
+
+        A callable is taken for a mean over images.
+        """
+        inputs = turn.inputs
+        if inputs is not None and not active():
+            return self(model, inputs)
         if self.kind == "similarity":
-            return similarity_logits(pooled_features(model, inputs), self.temperature)
-        return read_logits(inputs.call(model))
+            return _finite(similarity_entropy(_features_of(model, turn), self.temperature))
+        share = torch.zeros(())
+        if inputs is not None:
+            share = self(model, inputs) * (inputs.images / turn.images)
+        kind = self.kind if isinstance(self.kind, str) else "callable"
+        return add_up(f"the {kind} objective", share)
+
+    def logits(self, model: nn.Module, turn: Turn) -> Tensor | None:
+        """Run the model and return what the softmax is taken of; None for a callable's output.
+
+        Similarities are those of all ranks' images; predictions are this rank's own, and None where
+        it has no batch.
+        """
+        if self.kind == "similarity":
+            return similarity_logits(_features_of(model, turn), self.temperature)
+        if callable(self.kind) or turn.inputs is None:
+            return None
+        return read_logits(turn.inputs.call(model))
 
     def of_output(self, output: Any) -> Tensor:
         """Return the objective of an output that is already there (`auto` takes it for logits)."""
@@ -136,6 +152,22 @@ class Objective:
         return prediction_entropy(read_logits(output))
 
 
+def _features_of(model: nn.Module, turn: Turn) -> Tensor:
+    own = None if turn.inputs is None else pooled_features(model, turn.inputs)
+    if own is not None and not active():
+        return own
+    return gather_rows("the similarity objective", own)
+
+
+def _finite(value: Tensor) -> Tensor:
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"the objective is {float(value.detach())} on a batch; check the images for NaN, "
+            "and the model's precision"
+        )
+    return value
+
+
 def mean_objective(
     model: nn.Module,
     batches: Iterable[Any],
@@ -144,13 +176,22 @@ def mean_objective(
     seed: int = 0,
     progress: bool = False,
 ) -> float:
-    """Mean of the objective over all images, without gradients, the same batches at each call."""
+    """Mean of the objective over all images, without gradients, the same batches at each call.
+
+    Under a process group: over all ranks' images, the same number on every rank.
+    """
     total, images = 0.0, 0
-    with torch.no_grad(), evaluating(model, trainable=False), seeded(seed):
-        for inputs in stream(batches, model, description="calibration", progress=progress):
-            total += float(objective(model, inputs)) * inputs.images
-            images += inputs.images
-    return total / images
+    with (
+        together("calibration"),
+        torch.no_grad(),
+        evaluating(model, trainable=False),
+        seeded(seed),
+    ):
+        own = stream(batches, model, description="calibration", progress=progress)
+        for turn in in_turns(own):
+            total += float(objective.of_turn(model, turn)) * turn.images
+            images += turn.images
+        return agree("the entropy", total / images)
 
 
 def resolve_on(objective: Objective, model: nn.Module, batches: Iterable[Any]) -> Objective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from tp_amp._state import evaluating, seeded, some_values
 from tp_amp.batches import one_image, stream
 from tp_amp.chain import find_chain
 from tp_amp.cutting import Site
+from tp_amp.distributed import RankError
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,14 @@ class Prefix:
     def run(self, site: Site, function: Callable[[], float]) -> float:
         """Call a function that runs the model, cut at `site`, on all batches in turn."""
         place = self._place(site)
-        if place is None or self._inside[0] != site.down:
-            return function()
+        whole = place is None or self._inside[0] != site.down
         try:
-            with self._replayed(place):
+            with nullcontext() if whole else self._replayed(place or 0):
                 return function()
-        except _OtherBatch:
+        except (_OtherBatch, RankError) as error:
+            # Where one rank starts again, all do.
+            if isinstance(error, RankError) and error.kinds != {_OtherBatch.__name__}:
+                raise
             self._give_up("the batches are others each time", logging.WARNING)
             return function()
 

@@ -21,9 +21,10 @@ from tp_amp.adaptive import Compensator, Found, WidthSearch
 from tp_amp.attention import find_attentions
 from tp_amp.batches import check_batches, example, stream
 from tp_amp.budget import Budget
-from tp_amp.checkpoint import Checkpoint, describe, digest, model_digest
+from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.compensation import Correction, Method
 from tp_amp.cutting import Site, cut
+from tp_amp.distributed import check_same_weights, together
 from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
@@ -57,6 +58,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
 
     With `ReconstructionImportance` and `compensation="affine"` the bisection starts at the width
     whose foreseen loss is the allowed one.
+
+    Under an initialised `torch.distributed` process group all ranks do the same on their own share
+    of the images, and find the same plan.
 
     Args:
         model: any model whose MLPs `find_mlps` finds.
@@ -106,6 +110,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     Raises:
         ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
             argument is out of range, weights are not finite, or `step` can't meet the target.
+        RuntimeError: in `step`, another rank failed, with its message, or is gone.
         TypeError: `calibration` or `compensation_data` can be read only once.
 
     Example:
@@ -226,7 +231,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         if self._pruned:
             logger.warning("the model was pruned by step() before; nothing more is pruned")
             return
-        plan = self._search()
+        with together("the search"):
+            check_same_weights(self.model)
+            plan = self._search()
         self.corrections = fit(
             self.DG,
             self._sites,
@@ -309,7 +316,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             "target": None if self.budget is None else [self.budget.kind, self.budget.amount],
             "compensation": describe(asdict(self.recipe)),
             "layers": [site.down for site in self._sites],
-            "calibration": digest((str(i), t) for i, t in enumerate(first.tensors())),
+            "calibration": first_digest(first.tensors()),
             **{name: describe(getattr(self, name)) for name in names},
         }
         return Checkpoint(self.checkpoint / "search.safetensors", identity)

@@ -16,6 +16,7 @@ from tp_amp.batches import Inputs, bar, one_image, stream
 from tp_amp.chain import Step, find_chain, first_tensor
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed, site_group
+from tp_amp.distributed import merged, together
 from tp_amp.groups import group_layers
 from tp_amp.recipe import Recipe, applied, corrected, token_weights
 from tp_amp.watching import calls_in_order, first_argument, watch
@@ -60,6 +61,7 @@ def fit(
     Each layer is fitted on the model as cut and corrected before it, against what the layer gives
     in the dense model, so that errors do not build up. Where the model is a chain of modules, each
     batch walks through it once as dense and once as cut; else it starts anew for each layer.
+    Under a process group all ranks' tokens count, and all ranks get the same corrections.
 
     Args:
         graph: the `tp.DependencyGraph` of the dense model.
@@ -76,7 +78,7 @@ def fit(
     if recipe.method == "none" or not sites:
         return {}
     model: nn.Module = graph.model
-    with observing(model, gradients=False):
+    with together("compensation"), observing(model, gradients=False):
         inputs = list(stream(batches, model, description="reading", progress=False))
         few = one_image(inputs[0], 2)
         sizes = {tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in inputs}
@@ -147,6 +149,7 @@ class _Walk:
             moments.add(layer.inputs(hidden, self.keep), target - output, weights)
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
+        moments = merged(f"the moments of {layer.name}", moments)
         return corrected(layer.name, moments, self.recipe, bias)
 
     @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp._state import hooks, observing
-from tp_amp.batches import Inputs, stream
+from tp_amp.batches import stream
+from tp_amp.distributed import Turn, add_up_named, agree, in_turns, together
 from tp_amp.objectives import Objective, resolve_on
 
 
@@ -22,11 +23,12 @@ def output_sensitivity(
     skip_unused: bool = False,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Mean over images of the sum over tokens of g g^T, g the gradient at a layer's output.
+    """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
 
-    The gradient is that of -log p(y) with y drawn from the model's own softmax p (of its logits, or
-    of the similarities of a batch), so that 1/2 tr(G E) is how many nats an error of the output
-    with second moment E costs, to second order. For a callable objective it is its own gradient.
+    The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
+    model's own softmax p (of its logits, or of the similarities of a batch), so that 1/2 tr(G E) is
+    how many nats an error of the output with second moment E costs, to second order. For a callable
+    objective it is its own gradient.
 
     Args:
         model: left as it was.
@@ -45,19 +47,23 @@ def output_sensitivity(
     resolved = resolve_on(objective, model, batches)
     totals: dict[str, Tensor] = {}
     images = 0
-    with observing(model, gradients=True):
-        for inputs in stream(batches, model, description="sensitivity", progress=progress):
-            gradients = _gradients(model, layers, inputs, resolved, skip_unused)
+    with together("sensitivity"), observing(model, gradients=True):
+        own = stream(batches, model, description="sensitivity", progress=progress)
+        for turn in in_turns(own):
+            gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
                 totals[name] = totals.get(name, 0) + gradient.T @ gradient
-            images += inputs.images
+            images += turn.images
+        # One by one: all at once would take much memory.
+        for name in totals:
+            totals |= add_up_named(f"the sensitivity of {name}", {name: totals[name]})
     return {name: total / images for name, total in totals.items()}
 
 
 def _gradients(
     model: nn.Module,
     layers: Collection[str],
-    inputs: Inputs,
+    turn: Turn,
     objective: Objective,
     skip_unused: bool,
 ) -> dict[str, Tensor]:
@@ -72,7 +78,9 @@ def _gradients(
         return hook
 
     with hooks(model.get_submodule(n).register_forward_hook(keep(n)) for n in layers):
-        loss = _loss(model, inputs, objective)
+        loss = _loss(model, turn, objective)
+    if turn.inputs is None:
+        return {}
     missing = [name for name in layers if name not in outputs]
     gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
@@ -86,12 +94,16 @@ def _gradients(
     }
 
 
-def _loss(model: nn.Module, inputs: Inputs, objective: Objective) -> Tensor:
-    logits = objective.logits(model, inputs)
+def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:
+    logits = objective.logits(model, turn)
     if logits is None:
-        return objective(model, inputs) * inputs.images
+        inputs = turn.inputs
+        return torch.zeros(()) if inputs is None else objective(model, inputs) * inputs.images
     log_p = logits.double().log_softmax(-1)
-    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1).to(log_p.device)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1)
+    if objective.kind == "similarity":  # all ranks have the same rows
+        drawn = agree("what was drawn", drawn)
+    drawn = drawn.to(log_p.device)
     return -log_p.gather(1, drawn).sum()
 
 
