@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types unit zoo clean
+.PHONY: demo test lint types unit docs coverage zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
-test: lint types unit
+test: lint types unit docs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,6 +20,15 @@ types: $(VENV)/installed
 # One process for each of two cores, each with one thread: models in tests are small.
 unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# From the docstrings and tp_amp/docs, without the network; a warning is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees tp_amp/docs build/docs
+
+# In one process, some minutes; lines in red are in build/coverage too.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=tp_amp --cov-report=term-missing:skip-covered \
+		--cov-report=html:build/coverage
 
 # Measures every model of the zoo and writes the table into the README.
 zoo: $(VENV)/installed

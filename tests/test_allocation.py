@@ -125,3 +125,16 @@ def test_ignored_containers_and_other_weights_are_respected() -> None:
     tp_amp.apply_plan(
         other, images(1), tp_amp.plan_for_target(other, images(1), importance, {"params": 0.95})
     )
+
+
+def test_nothing_left_to_prune_is_told() -> None:
+    model = toy()
+    importance = tp_amp.ReconstructionImportance().collect(model, [images(8)])
+    with pytest.raises(ValueError, match="no MLP to prune was found in ToyViT"):
+        tp_amp.plan_for_target(
+            model,
+            images(1),
+            importance,
+            {"params": 0.9},
+            ignored_layers=[block.mlp.first for block in model.blocks],
+        )

@@ -500,3 +500,45 @@ def test_half_precision() -> None:
     [attention] = find_attentions(model, images)
     prune(build_graph(model, images).graph, [attention], {attention.down: [1]})
     assert model(images).dtype is torch.bfloat16
+
+
+def test_multihead_attention_of_one_sequence_with_padding() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    q, k = torch.randn(5, 8), torch.randn(7, 8)
+    padding = torch.arange(7) >= 4
+    expected = attention(q, k, k, key_padding_mask=padding)
+    with exposing(attention):
+        found = attention(q, k, k, key_padding_mask=padding)
+        with pytest.raises(ValueError, match="pass the causal attn_mask too"):
+            attention(q, q, q, is_causal=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class SharedBias(nn.Module):
+    """An attention whose caller may pass a bias: one for each head, or one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        heads = self.num_heads
+        q, k, v = self.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_an_argument_that_all_heads_share_is_left_whole() -> None:
+    torch.manual_seed(0)
+    model, x = SharedBias().eval(), torch.randn(2, 5, 16)
+    each, shared = torch.randn(1, 4, 5, 5), torch.randn(1, 1, 5, 5)
+    found = tp_amp.find_attentions(model, (x, each))
+    keep = {found[0].down: [0, 2, 3]}
+    reference = zeroed(model, found, keep)
+    expected = [reference(x, bias) for bias in (each, shared)]
+    tp_amp.apply_plan(model, (x, each), tp_amp.PruningPlan(keep, sites={s.down: s for s in found}))
+    for bias, value in zip((each, shared), expected, strict=True):
+        torch.testing.assert_close(model(x, bias), value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 from toys import images, toy
 
 import tp_amp
-from tp_amp.checkpoint import Checkpoint, digest, write_atomically
+from tp_amp.checkpoint import Checkpoint, describe, digest, write_atomically
 
 # Each run is a process of its own, forked before any thread is there, that may kill itself at the
 # start of a forward pass.
@@ -202,3 +203,11 @@ def test_digest_tells_values_names_and_types() -> None:
     names = {digest([("a", weight)]), digest([("b", weight)]), digest([("a", other)])}
     assert len(names | {digest([("a", weight.double())])}) == 4
     assert digest([("a", weight.bfloat16())]) == digest([("a", weight.bfloat16())])
+
+
+def test_arguments_are_described_by_what_tells_them_apart() -> None:
+    found = describe({"loss": math.sqrt, "sizes": (1, [2.5, None]), 3: tp_amp.Recipe("mean")})
+    assert json.loads(json.dumps(found)) == found
+    assert found["loss"] == "sqrt"
+    assert found["sizes"] == [1, [2.5, None]]
+    assert found["3"] != describe(tp_amp.Recipe("affine"))

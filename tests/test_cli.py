@@ -80,6 +80,30 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["shares"]["total"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "usage: tp-amp" in told(capsys)
+
+
+def test_an_answer_that_nobody_reads_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `tp-amp ... | head`: the pipe is closed before the answer is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["inspect", *MODEL, "--device", "cpu"]) == 0
+
+
+def test_arguments_of_the_model_may_be_words(capsys: pytest.CaptureFixture[str]) -> None:
+    found = record(capsys, "inspect", *MODEL, "global_pool=avg")
+    assert [mlp["down"] for mlp in found["mlps"]] == DOWNS
+
+
+def test_a_checkpoint_that_nothing_needs_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PRUNE, "--checkpoint", "run"]) == 0
+    assert "--checkpoint is left out: nothing is searched" in capsys.readouterr().err
+    assert not os.path.exists("run")
+
+
 def arguments() -> dict[str, int]:
     return {name: int(value) for name, value in (text.split("=") for text in SMALL)}
 
@@ -423,6 +447,11 @@ MISTAKES: dict[str, tuple[list[str], str, Callable[[Path, Path], Any] | None]] =
     "target number": ([*PRUNE, "--target", "params=-1"], r"write params=0\.6 or macs", None),
     "increase": (
         [*without("--target", *PRUNE), "--max-increase", "-1"],
+        r"zero or more, such as 0\.0",
+        None,
+    ),
+    "increase is no number": (
+        [*without("--target", *PRUNE), "--max-increase", "much"],
         r"zero or more, such as 0\.0",
         None,
     ),

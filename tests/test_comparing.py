@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,30 @@ def test_activation_sums_all_batches() -> None:
 def test_what_cannot_be_made_ready_is_told() -> None:
     with pytest.raises(ValueError, match="hooks of its own"):
         make_ready(tp.importance.OBDCImportance(num_classes=5), toy(), batches())
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare({"one": LastFirst()}, fractions=[0.5])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"install tp-amp\[cli\]"):
+        found.plot("never.png")
+
+
+class Recorder(tp.importance.HessianImportance):
+    """Keeps each image's gradient, of which Torch-Pruning's own sum keeps the last alone."""
+
+    def accumulate_grad(self, model: nn.Module) -> None:
+        self.seen = [*getattr(self, "seen", []), model.head.weight.grad.clone()]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_hessian_reads_batches_image_by_image(form: str) -> None:
+    x, labels = images(5), torch.tensor([0, 1, 2, 3, 4])
+    importance, model = Recorder(), toy()
+    batch = (x, labels) if form == "tuple" else {"x": x, "labels": labels}
+    make_ready(importance, toy(), [batch], progress=False)
+    assert len(importance.seen) == 5
+    for i, found in enumerate(importance.seen):
+        loss = nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1])
+        expected = torch.autograd.grad(loss, model.head.weight)[0]
+        torch.testing.assert_close(found, expected)

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import fingerprint, images, toy
 
 import tp_amp
+from tp_amp.distillation_run import _Share
 from tp_amp.distillation_state import learning_rate
-from tp_amp.trainable import Average
+from tp_amp.trainable import Average, adapted, checkpointed, cut_modules
 
 TOKENS = ("embed", "blocks")  # what the tokens of the toy depend on
 
@@ -594,3 +595,56 @@ def test_two_processes_are_one_with_batches_twice_as_large(kind: str, tmp_path: 
     found = load_file(tmp_path / "out" / "weights.safetensors")
     for name, value in weights(student).items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
+
+
+class Told(list[int]):
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_processes_share_batches_out_and_none_gets_more() -> None:
+    batches = Told(range(8))
+    shares = [_Share(batches, index, 3) for index in range(3)]
+    assert [list(share) for share in shares] == [[0, 3], [1, 4], [2, 5]]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    shares[1].set_epoch(4)
+    assert batches.epoch == 4
+    _Share([1, 2], 0, 2).set_epoch(1)  # a list has nothing to be told
+
+
+def test_a_student_with_a_layer_more_than_its_teacher_is_refused() -> None:
+    teacher = toy()
+    student = copy.deepcopy(teacher)
+    student.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="the teacher has no layer extra"):
+        cut_modules(student, teacher)
+
+
+def test_adapters_need_a_layer_that_can_have_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    with (
+        pytest.raises(ValueError, match="none of the cut layers is a Linear or Conv2d"),
+        adapted(model, ["1"], 2),
+    ):
+        pass
+    with caplog.at_level(logging.WARNING), adapted(model, ["0", "1"], 2):
+        pass
+    assert "no adapters on ['1'], which stay as they are" in caplog.text
+
+
+def test_an_accelerator_that_accumulates_by_itself_is_refused() -> None:
+    student, teacher = pair()
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    with pytest.raises(ValueError, match="use accumulate="):
+        tp_amp.distill(student, teacher, [images(2)], accelerator=accelerator, progress=False)
+
+
+def test_a_timm_model_that_has_no_checkpointing_is_told() -> None:
+    model = timm.create_model("pit_ti_224")
+    with (
+        pytest.raises(ValueError, match="PoolingVisionTransformer can't"),
+        checkpointed(model, True),
+    ):
+        pass

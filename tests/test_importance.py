@@ -445,3 +445,23 @@ def test_layer_that_reads_no_images_is_summed_as_a_whole(caplog: pytest.LogCaptu
     expected = (hidden * hidden.grad).sum(0).abs().detach()
     assert torch.corrcoef(torch.stack([scores, expected]))[0, 1] > 1 - 1e-6
     assert "second reads torch.Size([5, 4]), not images first" in caplog.text
+
+
+def test_an_objective_of_no_layer_is_refused() -> None:
+    importance = tp_amp.EntropyTaylorImportance(lambda output: output.detach().sum())
+    with pytest.raises(ValueError, match="does not depend on any Linear's or convolution's input"):
+        importance.collect(toy(), [images(2)])
+
+
+def test_fallback_on_a_transposed_convolution_is_its_activation_times_gradient() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(1, 6, 3), nn.ConvTranspose2d(6, 2, 2, stride=2, bias=False)
+    model, x = nn.Sequential(first, nn.ReLU(), second), images(3)
+    hidden = model[:2](x).detach().requires_grad_()
+    second(hidden).square().sum().backward()
+    expected = (hidden * hidden.grad).sum((0, 2, 3)).abs()
+    second.zero_grad()
+    graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
+    model(x).square().sum().backward()
+    group = graph.get_pruning_group(first, tp.prune_conv_out_channels, list(range(6)))
+    assert relative(tp_amp.EntropyTaylorImportance()(group), expected) < 1e-5

@@ -5,6 +5,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from test_zoo import check
 from torch import nn
 from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, toy
 
@@ -329,3 +330,44 @@ def test_what_keeps_the_sizes_but_not_the_channels_is_left_out(name: str, device
 def test_two_dimensional_element_wise_is_found(device: str) -> None:
     model = Between(lambda h, table: torch.sigmoid(h) * h).to(device)
     assert [mlp.width for mlp in tp_amp.find_mlps(model, torch.randn(8, 5, device=device))] == [8]
+
+
+def test_parallel_blocks_with_a_bias_of_their_own_lose_it_too() -> None:
+    """Without a bias on q, k and v, timm keeps the hidden channels' bias in the block."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_pwee_patch16_reg1_gap_256",
+        img_size=32, embed_dim=64, num_heads=4, depth=2, qkv_bias=False,
+    )  # fmt: skip
+    assert model.blocks[0].mlp_bias is not None
+    assert check("", model, images(1, size=32, channels=3), 2) < 1e-5
+
+
+class Gate(nn.Module):
+    """One factor for each channel, whose number it counts itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.factor = nn.Parameter(torch.linspace(0.5, 2, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == self.channels
+        return x * self.factor
+
+
+def test_modules_that_count_their_channels_are_told_the_new_number() -> None:
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(10, eps=1e-6)
+    model = nn.Sequential(nn.Linear(4, 10), Gate(10), norm, nn.Linear(10, 3)).eval()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    x, keep = torch.randn(5, 4), [1, 2, 6, 9]
+    hidden = nn.functional.linear(x, model[0].weight[keep], model[0].bias[keep])
+    hidden = hidden * model[1].factor[keep]
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (hidden * norm.weight[keep]) @ model[3].weight[:, keep].T + model[3].bias
+    tp_amp.apply_plan(model, x, tp_amp.PruningPlan({"3": keep}))
+    assert model[1].channels == 4
+    assert norm.normalized_shape == (4,)
+    torch.testing.assert_close(model(x), expected)

@@ -159,3 +159,16 @@ def test_nan_images_raise() -> None:
     data[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="objective is nan"):
         mean_objective(toy(), [data], Objective("prediction"))
+
+
+def test_features_of_hugging_face_without_a_pooler_are_its_cls_token() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        found = pooled_features(model, Inputs((), {"pixel_values": images(3)}))
+        torch.testing.assert_close(found, model(images(3)).last_hidden_state[:, 0])

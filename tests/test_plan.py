@@ -147,3 +147,10 @@ def test_ties_keep_the_first_channels() -> None:
 def test_at_least_one_channel_stays() -> None:
     plan = tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), 0.01)
     assert set(plan.widths.values()) == {1}
+
+
+def test_a_model_without_mlps_is_told() -> None:
+    with pytest.raises(ValueError, match="no MLP was found in Linear"):
+        tp_amp.plan_from_importance(
+            torch.nn.Linear(3, 2), torch.randn(1, 3), tp.importance.LAMPImportance(), 0.5
+        )

@@ -514,6 +514,20 @@ def test_compensation_is_that_of_compensate(step: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_the_recipe_reaches_layers_that_are_not_cut() -> None:
+    """What comes out is the plan applied and compensated by hand, every Linear included."""
+    model, fitting = toy(), [images(40, seed=5)]
+    expected = copy.deepcopy(model)
+    recipe = tp_amp.Recipe("affine", every_linear=True)
+    pruner = pruner_of(model, max_increase=1.0, compensation=recipe, compensation_data=fitting)
+    pruner.step()
+    further = pruner.corrections.keys() - pruner.plan.keep.keys()
+    assert further
+    tp_amp.compensate(expected, pruner.plan, fitting, progress=False, every_linear=True)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_widths_are_judged_after_compensation() -> None:
     """Neurons in pairs: with compensation half of them cost nothing, without they do."""
     found = {}

@@ -588,3 +588,29 @@ def test_every_linear_of_a_family_loses_error(family: str) -> None:
     assert all(0 <= c.error <= c.error_before for c in fitted.values())
     touched = {n for n, p in cut.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
     assert touched <= {f"{name}.{kind}" for name in fitted for kind in ("weight", "bias")}
+
+
+class Twice(nn.Module):
+    """A Linear between two MLPs that runs two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = PlainMLP(6, 10), PlainMLP(6, 10)
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return self.second(self.mix(torch.relu(self.mix(x))))
+
+
+def test_a_layer_that_runs_twice_is_named_and_left_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model, data = Twice(), torch.randn(40, 6)
+    keep = {"first.second": [0, 2, 5, 7], "second.second": [1, 4, 8]}
+    with caplog.at_level(logging.WARNING):
+        found, fitted = compensated(model, keep, [data], every_linear=True)
+    assert "mix is called 2 times and is not fitted" in caplog.text
+    assert "mix" not in fitted
+    torch.testing.assert_close(found.mix.weight, model.mix.weight)

@@ -222,3 +222,8 @@ def test_precision_and_timm_arguments_come_back(tmp_path: Path) -> None:
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(again.eval()(inputs), model.eval()(inputs))
+
+
+def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no source\.json; it is no folder of save_pruned"):
+        tp_amp.create_model(tmp_path)

@@ -72,3 +72,17 @@ def test_a_layer_that_does_not_matter_is_named() -> None:
         output_sensitivity(
             Unused(), ["used", "unused"], [torch.randn(5, 4)], Objective("prediction")
         )
+
+
+def test_a_convolution_is_the_linear_at_each_place() -> None:
+    torch.manual_seed(0)
+    linear, convolution = nn.Linear(4, 3), nn.Conv2d(4, 3, 1)
+    convolution.load_state_dict(
+        {"weight": linear.weight.detach()[:, :, None, None], "bias": linear.bias.detach()}
+    )
+    tokens = torch.randn(5, 6, 4)
+    squares = Objective(lambda output: output.square().sum())
+    maps = tokens.mT.reshape(5, 4, 2, 3)
+    expected = output_sensitivity(nn.Sequential(linear), ["0"], [tokens], squares)
+    found = output_sensitivity(nn.Sequential(convolution), ["0"], [maps], squares)
+    torch.testing.assert_close(found["0"], expected["0"])

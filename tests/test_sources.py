@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import open_clip
@@ -18,6 +18,7 @@ from torch import nn
 from toys import fingerprint, perturbed, toy
 
 import tp_amp
+from tp_amp.hugging_face import _image_class
 from tp_amp.sources import load
 from tp_amp.weights import load_weights
 
@@ -255,3 +256,18 @@ def test_wrong_weights_are_told(tmp_path: Path, name: str, content: Any, message
     with pytest.raises(ValueError, match=message):
         load_weights(model, str(path))
     assert fingerprint(model) == before
+
+
+class Config:
+    architectures: ClassVar[list[str]] = []
+
+
+def test_a_checkpoint_without_a_known_image_class_is_told() -> None:
+    with pytest.raises(ValueError, match="hf:x does not say its class"):
+        _image_class("x", Config())
+    config = Config()
+    config.architectures = ["LlamaThing"]
+    with pytest.raises(
+        ValueError, match="hf:x is a LlamaThing, of which transformers has no image"
+    ):
+        _image_class("x", config)

@@ -47,9 +47,9 @@ def find_attentions(
             fails on `example_inputs`.
 
     Example:
-        >>> import timm, torch
+        >>> import timm, torch, tp_amp
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
-        >>> [attention] = find_attentions(model, torch.randn(1, 3, 224, 224))
+        >>> [attention] = tp_amp.find_attentions(model, torch.randn(1, 3, 224, 224))
         >>> attention.down, attention.width, attention.head_width
         ('blocks.0.attn.proj', 3, 64)
     """

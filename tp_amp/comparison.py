@@ -42,6 +42,16 @@ class Comparison:
         rows: one for each importance and size.
         failures: name of each importance that could not be measured -> why.
         compensation: `"none"`, `"mean"` or `"affine"`.
+
+    Example:
+        >>> from tp_amp.comparison import Comparison, Row
+        >>> dense = Row("dense", kept=1.0, parameters=5_700_000, value=0.81)
+        >>> rows = [Row("LAMP", kept=0.5, parameters=3_900_000, value=0.72)]
+        >>> print(Comparison("accuracy", dense, rows))
+        accuracy; compensation: none
+        MLP channels kept    100%     50%
+        parameters (M)       5.70    3.90
+        LAMP               0.8100  0.7200
     """
 
     metric: str

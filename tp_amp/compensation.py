@@ -98,17 +98,6 @@ class Moments:
         self.squares = self._sums[2] / self.count + float(self.mean_residuals.square().sum())
         return self
 
-    def part(self, first: int, end: int) -> Moments:
-        """The moments of a range of the inputs."""
-        part = Moments()
-        part.count, part.tokens, part.squares = self.count, self.tokens, self.squares
-        part.mean_inputs, part.inputs = (
-            self.mean_inputs[first:end],
-            self.inputs[first:end, first:end],
-        )
-        part.mean_residuals, part.cross = self.mean_residuals, self.cross[:, first:end]
-        return part
-
     def after_cut(self, weight: Tensor, keep: Sequence[int]) -> Moments:
         """The moments that a layer has once its inputs are cut, from those of all its inputs.
 

@@ -48,6 +48,13 @@ class Attention:
         forward: which forward pass runs with fewer heads: its `own`, its own told a `narrow` input,
             or one of this package's, `multihead` and `windows`.
         arguments: positions and names of the arguments with an entry for each head.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> attention = tp_amp.find_attentions(model, torch.randn(1, 3, 224, 224))[0]
+        >>> attention.name, attention.up, attention.width, attention.head_width
+        ('blocks.0.attn', ('blocks.0.attn.qkv',), 3, 64)
     """
 
     name: str
@@ -76,7 +83,7 @@ class Attention:
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """Norms over its hidden channels that are cut too: `tensors` holds those of heads."""
+        """Norms over its hidden channels that are cut too; `tensors` holds those of heads."""
         return ()
 
     @property

@@ -34,13 +34,13 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
     """Score channels by activation times gradient of a label-free entropy (AMP, arXiv 2603.08100).
 
     For each layer, h is its input, `(images, tokens, hidden)`. The score of neuron j is the mean
-    over images of |sum over tokens of h_j * dE/dh_j|, with all parameters frozen: the gradient
+    over images of `|sum over tokens of h_j * dE/dh_j|`, with all parameters frozen: the gradient
     flows through activations alone. For an MLP, h is the input of `down`. For any other group
     (attention, embedding) the scores of the group's in-channel layers are summed.
 
     Without collected scores it falls back on the gradients that the script's own backward pass
-    left: |sum of w * dw| over each input channel's weights, which equals
-    |sum over images and tokens of h * dE/dh|.
+    left: `|sum of w * dw|` over each input channel's weights, which equals
+    `|sum over images and tokens of h * dE/dh|`.
 
     Args:
         objective: `"prediction"` (entropy of the predicted classes), `"similarity"` (entropy of an

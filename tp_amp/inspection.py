@@ -43,6 +43,15 @@ class Inspection:
         kept_attentions: module path of each other attention -> why it keeps its heads.
         kept_layers: module path of each Linear that belongs to no group -> why.
         shares: `"total"`, and what of it is in `"MLPs"`, `"attention"` and `"rest"`.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> found = tp_amp.inspect(model, torch.randn(1, 3, 224, 224))
+        >>> [mlp.name for mlp in found.mlps], found.kept_layers
+        (['blocks.0.mlp'], {'head': 'no layer reads its channels'})
+        >>> round(found.shares["MLPs"].macs / found.shares["total"].macs, 3)
+        0.443
     """
 
     model: str

@@ -33,6 +33,13 @@ class MLP:
         fused: whether its layers hold more than the MLP: `up` the queries, keys and values after
             the hidden channels, and `down` maybe the heads before them (timm's parallel blocks).
         first: the input channel of `down` that is hidden channel 0.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> mlp = tp_amp.find_mlps(model, torch.randn(1, 3, 224, 224))[0]
+        >>> mlp.name, mlp.up, mlp.down, mlp.width
+        ('blocks.0.mlp', ('blocks.0.mlp.fc1',), 'blocks.0.mlp.fc2', 768)
     """
 
     name: str

@@ -41,10 +41,11 @@ class PruningPlan:
             them a plan is applied without tracing (`load_pruned`).
 
     Example:
-        >>> plan = PruningPlan({"blocks.0.mlp.fc2": [0, 3]})
+        >>> import tp_amp
+        >>> plan = tp_amp.PruningPlan({"blocks.0.mlp.fc2": [0, 3]})
         >>> plan.widths
         {'blocks.0.mlp.fc2': 2}
-        >>> PruningPlan.from_json(plan.to_json()) == plan
+        >>> tp_amp.PruningPlan.from_json(plan.to_json()) == plan
         True
     """
 

@@ -33,8 +33,9 @@ class Recipe:
         ValueError: `method` or `ridge` is not valid.
 
     Example:
-        >>> import torch
-        >>> Recipe("affine", token_weights=lambda images: torch.ones(len(images), 197)).ridge
+        >>> import torch, tp_amp
+        >>> ones = lambda images: torch.ones(len(images), 197)
+        >>> tp_amp.Recipe("affine", token_weights=ones).ridge
         0.0001
     """
 

@@ -26,10 +26,11 @@ _ROUNDING = 1e-12
 def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Order neurons so that each next one removes most of the output error that is left.
 
-    y = W h with covariance C of h. With the kept set S, the best affine reconstruction of the rest
-    leaves the error tr(W R W^T), R = C - C_:S C_SS^-1 C_S:. Taking neuron j as well lowers it by
-    |W R_:j|^2 / R_jj. That is a Cholesky factorisation of C whose pivot is the neuron with the
-    largest gain; columns of R are made when they are needed, so R is never formed.
+    `y = W h` with covariance `C` of `h`. With the kept set `S`, the best affine reconstruction of
+    the rest leaves the error `tr(W R W^T)`, `R = C - C_:S C_SS^-1 C_S:`. Taking neuron `j` as well
+    lowers it by `|W R_:j|^2 / R_jj`. That is a Cholesky factorisation of `C` whose pivot is the
+    neuron with the largest gain; columns of `R` are made when they are needed, so `R` is never
+    formed.
 
     Args:
         covariance: of the hidden activation, `(hidden, hidden)`.
@@ -40,7 +41,9 @@ def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Te
         mean squared error of the output with the first 0, 1, ... kept, `(hidden + 1,)`.
 
     Example:
-        >>> order, errors = reconstruction_order(torch.diag(torch.tensor([1.0, 4.0])), torch.eye(2))
+        >>> import torch, tp_amp
+        >>> covariance = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> order, errors = tp_amp.reconstruction_order(covariance, torch.eye(2))
         >>> order.tolist(), errors.tolist()
         ([1, 0], [5.0, 1.0, 0.0])
     """
@@ -129,8 +132,8 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module,
         batches: Iterable[Any],
         *,
-        layers: Collection[str] | None = None,
         progress: bool = True,
+        layers: Collection[str] | None = None,
     ) -> ReconstructionImportance:
         """Run the model over unlabelled images and order the inputs of its layers.
 
