@@ -18,12 +18,16 @@ def convex_errors(width: int, seed: int) -> torch.Tensor:
     return torch.cat([steps.cumsum(0).flip(0), torch.zeros(1)])
 
 
+def linear(errors: dict[str, torch.Tensor], **units: float) -> dict[str, torch.Tensor]:
+    """Costs of all widths where each channel costs the same, 1 by default."""
+    return {n: units.get(n, 1.0) * torch.arange(len(values)) for n, values in errors.items()}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_convex_errors_are_allocated_as_by_brute_force(seed: int) -> None:
     errors = {name: convex_errors(6, 10 * seed + i) for i, name in enumerate("abc")}
-    units = {"a": 1.0, "b": 1.0, "c": 1.0}
     for budget in (3, 7, 12, 18):
-        found = allocate(errors, units, budget)
+        found = allocate(errors, linear(errors), budget)
         best = min(
             sum(float(errors[n][w]) for n, w in zip("abc", widths, strict=True))
             for widths in itertools.product(range(1, 7), repeat=3)
@@ -33,9 +37,29 @@ def test_convex_errors_are_allocated_as_by_brute_force(seed: int) -> None:
         assert sum(float(errors[n][w]) for n, w in found.items()) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_costs_with_kinks_are_kept_to_and_used(seed: int) -> None:
+    """As times are: a step up, then nearly nothing. The errors are near those of a brute force."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = {name: convex_errors(6, 10 * seed + i) for i, name in enumerate("abc")}
+    costs = {n: torch.rand(7, generator=generator).pow(3).cumsum(0) for n in "abc"}
+    smallest = sum(float(costs[n][1]) for n in "abc")
+    for share in (0.2, 0.5, 0.8, 1.0):
+        largest = sum(float(costs[n][6]) for n in "abc")
+        budget = smallest + share * (largest - smallest) + 1e-6
+        found = allocate(errors, costs, budget)
+        assert sum(float(costs[n][w]) for n, w in found.items()) <= budget
+        best = min(
+            sum(float(errors[n][w]) for n, w in zip("abc", widths, strict=True))
+            for widths in itertools.product(range(1, 7), repeat=3)
+            if sum(float(costs[n][w]) for n, w in zip("abc", widths, strict=True)) <= budget
+        )
+        assert sum(float(errors[n][w]) for n, w in found.items()) <= best + 0.8
+
+
 def test_expensive_channels_go_first() -> None:
     errors = {"cheap": convex_errors(8, 1), "dear": convex_errors(8, 1)}
-    found = allocate(errors, {"cheap": 1.0, "dear": 4.0}, budget=20)
+    found = allocate(errors, linear(errors, dear=4.0), budget=20)
     assert found["cheap"] > found["dear"]
     assert found["cheap"] + 4 * found["dear"] <= 20
 
@@ -43,14 +67,15 @@ def test_expensive_channels_go_first() -> None:
 def test_widths_are_multiples_or_dense() -> None:
     errors = {"a": convex_errors(10, 1), "b": convex_errors(12, 2)}
     for budget in (8, 12, 20, 22):
-        found = allocate(errors, {"a": 1.0, "b": 1.0}, budget, round_to=4)
+        found = allocate(errors, linear(errors), budget, round_to=4)
         assert found["a"] in (4, 8, 10)
         assert found["b"] in (4, 8, 12)
 
 
 def test_budget_below_the_smallest_widths_raises() -> None:
+    errors = {"a": convex_errors(3, 1), "b": convex_errors(3, 2)}
     with pytest.raises(ValueError, match="a budget of 1 can't be met: the smallest widths cost 2"):
-        allocate({"a": convex_errors(3, 1), "b": convex_errors(3, 2)}, {"a": 1.0, "b": 1.0}, 1)
+        allocate(errors, linear(errors), 1)
 
 
 def parameters(model: torch.nn.Module) -> int:

@@ -64,7 +64,7 @@ def test_the_smallest_tolerance_that_meets_the_target_is_found(needed: float) ->
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"latency": 0.5}, r"target must name one of \('params', 'macs'\)"),
+        ({"flops": 0.5}, r"target must name one of \('params', 'macs', 'latency'\)"),
         ({"params": 0.5, "macs": 0.5}, "target must name one of"),
         ({}, "target must name one of"),
         ({"params": 0.0}, "target must be a positive number"),

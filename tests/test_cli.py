@@ -186,6 +186,28 @@ def test_ways_to_prune(capsys: pytest.CaptureFixture[str], further: tuple[str, .
     assert ("blocks.0.attn.proj" in widths) == ("--prune-num-heads" in further)
 
 
+@pytest.mark.parametrize("further", [(), ("--min-width", "8"), ("--round-to", "8")])
+def test_latency_is_a_size_too(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    further: tuple[str, ...],
+) -> None:
+    def milliseconds(model: Any) -> float:
+        return 1.0 + sum(model.get_submodule(name).in_features for name in DOWNS) / 100
+
+    monkeypatch.setattr("tp_amp.latency.seconds", lambda model, *_: milliseconds(model) / 1000)
+    assert main([*PRUNE, "--target", "latency=0.7", *further]) == 0
+    assert re.search(
+        r"latency of one image: \d+\.\d+ ms -> \d+\.\d+ ms \(", capsys.readouterr().out
+    )
+    found = json.loads(Path("small/prune.json").read_text())
+    assert found["target"] == {"latency": 0.7}
+    assert found["before"]["latency"] > 0
+    dense = timm.create_model("vit_tiny_patch16_224", **arguments())
+    share = milliseconds(tp_amp.create_model("small")) / milliseconds(dense)
+    assert 0.5 < share <= 0.7 + 1e-9
+
+
 def test_a_saved_model_is_a_model(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     plan = tp_amp.PruningPlan.from_json((saved / "plan.json").read_text())
     found = record(capsys, "inspect", str(saved))
@@ -443,8 +465,17 @@ MISTAKES: dict[str, tuple[list[str], str, Callable[[Path, Path], Any] | None]] =
         r"reachable are .* fractions 0\.\d+ to 1",
         None,
     ),
-    "target kind": ([*PRUNE, "--target", "flops=0.5"], r"write params=0\.6 or macs=0\.6", None),
-    "target number": ([*PRUNE, "--target", "params=-1"], r"write params=0\.6 or macs", None),
+    "latency out of range": (
+        [*PRUNE, "--target", "latency=0.001"],
+        r"ms of latency can't be met: reachable are .* fractions [01]\.\d+ to 1",
+        None,
+    ),
+    "target kind": (
+        [*PRUNE, "--target", "flops=0.5"],
+        r"write params=0\.6, macs=0\.6 or lat",
+        None,
+    ),
+    "target number": ([*PRUNE, "--target", "params=-1"], r"write params=0\.6, macs", None),
     "increase": (
         [*without("--target", *PRUNE), "--max-increase", "-1"],
         r"zero or more, such as 0\.0",
@@ -572,7 +603,7 @@ def test_no_memory_and_no_network(
         raise ConnectionError("Name or service not known")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tp_amp.commands.draw", no_memory)
+        patch.setattr("tp_amp.command_parts.draw", no_memory)
         assert "out of memory; lower --batch-size" in fails(capsys, PRUNE)
     monkeypatch.setattr(timm, "create_model", no_network)
     line = fails(capsys, ("inspect", MODEL[0], "--pretrained"))
@@ -585,7 +616,7 @@ def test_an_interruption_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tp_amp.commands.save_pruned", interrupted)
+    monkeypatch.setattr("tp_amp.command_parts.save_pruned", interrupted)
     assert main(PRUNE) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert not files(here)
@@ -596,7 +627,7 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyError("ours")
 
     monkeypatch.setattr(sources, "load_weights", defect)
-    monkeypatch.setattr("tp_amp.commands.load", defect)
+    monkeypatch.setattr("tp_amp.command_parts.load", defect)
     with pytest.raises(KeyError, match="ours"):
         main(["inspect", *MODEL])
 
@@ -611,7 +642,7 @@ def test_verbose_shows_the_steps_and_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "compare", "prune", "report"])
+@pytest.mark.parametrize("command", ["", "inspect", "compare", "prune", "distill", "report"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main([*command.split(), "--help"])

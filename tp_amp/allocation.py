@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,18 +19,19 @@ from tp_amp.reconstruction import ReconstructionImportance
 
 
 def allocate(
-    errors: Mapping[str, Tensor], units: Mapping[str, float], budget: float, round_to: int = 1
+    errors: Mapping[str, Tensor], costs: Mapping[str, Tensor], budget: float, round_to: int = 1
 ) -> dict[str, int]:
     """Choose widths whose cost is within a budget, with the smallest sum of errors.
 
     With one price for a unit of cost, each layer takes the width that minimises its error plus what
     the width costs; the price is found by bisection. That is optimal among all widths on the lower
-    convex hulls of the errors. What is left of the budget goes where it lowers the error most.
+    convex hulls of the errors over the costs. What is left of the budget goes where it lowers the
+    error most.
 
     Args:
         errors: name -> error with 0, 1, ... channels kept, `(width + 1,)`.
-        units: name -> cost of one channel.
-        budget: for the sum of width times unit cost.
+        costs: name -> cost of 0, 1, ... channels, `(width + 1,)`, never falling.
+        budget: for the sum of the costs.
         round_to: widths are multiples of it.
 
     Returns:
@@ -40,19 +42,19 @@ def allocate(
 
     Example:
         >>> errors = {"a": torch.tensor([9.0, 4.0, 1.0]), "b": torch.tensor([1.0, 0.5, 0.0])}
-        >>> allocate(errors, {"a": 1.0, "b": 1.0}, budget=3)
+        >>> allocate(errors, {"a": torch.arange(3.0), "b": torch.arange(3.0)}, budget=3)
         {'a': 2, 'b': 1}
     """
     choices = {n: _choices(len(values) - 1, round_to) for n, values in errors.items()}
 
     def widths(price: float) -> dict[str, int]:
         return {
-            name: int(kept[(errors[name][kept] + price * units[name] * kept).argmin()])
+            name: int(kept[(errors[name][kept] + price * costs[name][kept]).argmin()])
             for name, kept in choices.items()
         }
 
     def cost(price: float) -> float:
-        return sum(units[name] * width for name, width in widths(price).items())
+        return _total(costs, widths(price))
 
     low, high = 0.0, 1e-12
     while cost(high) > budget:
@@ -64,23 +66,30 @@ def allocate(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > budget else (low, middle)
-    return _filled(widths(high), errors, units, budget, choices)
+    return _filled(widths(high), errors, costs, budget, choices)
+
+
+def _total(costs: Mapping[str, Tensor], widths: Mapping[str, int]) -> float:
+    return math.fsum(float(costs[name][width]) for name, width in widths.items())
 
 
 def _filled(
     widths: dict[str, int],
     errors: Mapping[str, Tensor],
-    units: Mapping[str, float],
+    costs: Mapping[str, Tensor],
     budget: float,
     choices: Mapping[str, Tensor],
 ) -> dict[str, int]:
     """Widen one layer after the other by one step, as long as that fits the budget."""
-    left = budget - sum(units[name] * width for name, width in widths.items())
+    left = budget - _total(costs, widths)
     while True:
         best: tuple[float, str, int] | None = None
         for name, width in widths.items():
             wider = _next(choices[name], width)
-            if wider is None or (price := units[name] * (wider - width)) > left:
+            if wider is None:
+                continue
+            price = float(costs[name][wider] - costs[name][width])
+            if price > left:
                 continue
             gain = float(errors[name][width] - errors[name][wider]) / max(price, 1e-30)
             if best is None or gain > best[0]:
@@ -88,7 +97,7 @@ def _filled(
         if best is None:
             return widths
         _, name, wide = best
-        left -= units[name] * (wide - widths[name])
+        left -= float(costs[name][wide] - costs[name][widths[name]])
         widths[name] = wide
 
 
@@ -110,14 +119,15 @@ def plan_for_target(
     """Plan to meet a size with the smallest loss that `importance` foresees; nothing is cut.
 
     The widths that `compensate` is at its best with: no search, no more forward passes than the
-    importance has made.
+    importance has made and a latency needs to be measured.
 
     Args:
         model: the dense model.
         example_inputs: as for `find_mlps`.
         importance: collected on the model, or with `data`.
-        target: `{"params": 0.6}` or `{"macs": 0.6}`: a fraction of the dense model, or above 1 an
-            absolute number.
+        target: `{"params": 0.6}`, `{"macs": 0.6}` or `{"latency": 0.6}`: a fraction of the dense
+            model, or above 1 an absolute number. The latency is that of one forward pass on the
+            example inputs, in milliseconds above 1; it is measured on the model's device.
         round_to: widths are multiples of it.
         ignored_layers: modules that stay as they are.
 
@@ -160,12 +170,15 @@ def plan_for_target(
                 "importance.collect(model, batches, layers=...) or pass data="
             )
         importance.collect(model, importance.data, layers=layers, progress=False)
-    budget = Budget(target, model, traced.graph, sites, example(example_inputs))
+    inputs = example(example_inputs)
+    budget = Budget(target, model, traced.graph, sites, inputs, round_to=round_to)
     budget.check({site.down: int(_choices(site.width, round_to)[0]) for site in sites})
     errors = {site.down: importance.errors[site.down] for site in sites}
-    spent = budget.dense - sum(budget.units[site.down] * site.width for site in sites)
-    widths = allocate(errors, budget.units, budget.amount - spent, round_to)
+    costs = {site.down: budget.costs(site.down) for site in sites}
+    spent = budget.cost(dict.fromkeys(costs, 0))
+    widths = allocate(errors, costs, budget.amount - spent, round_to)
     keep = {n: sorted(importance.orders[n][:width].tolist()) for n, width in widths.items()}
+    budget.confirm(keep)
     dense = {site.down: site.width for site in sites}
     return PruningPlan(keep, dense, sites={site.down: site for site in sites})
 

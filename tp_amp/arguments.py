@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import math
-import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import tp_amp
+from tp_amp import argument_values as value
 from tp_amp.help_texts import CRITERIA, DATA, DESCRIPTION, EXITS, IMPORTANCES, METHODS, MODEL
 
 
@@ -48,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(add)
     _add_compare(add)
     _add_prune(add)
+    _add_distill(add)
     _add_report(add)
     return parser
 
@@ -96,7 +95,7 @@ examples:
     parser.add_argument(
         "--keep",
         nargs="+",
-        type=_fraction,
+        type=value.fraction,
         default=[0.75, 0.5, 0.25],
         metavar="FRACTION",
         help="of the channels of every MLP (default: 0.75 0.5 0.25)",
@@ -128,24 +127,20 @@ then, in Python: model = tp_amp.create_model("small")
     )
     _add_model(parser)
     _add_data(parser, "that widths are searched and the result is judged on")
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="to write; must be empty or not there"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the files of an earlier run in --output"
-    )
+    _add_output(parser)
     size = parser.add_argument_group("how small (one of the two)").add_mutually_exclusive_group(
         required=True
     )
     size.add_argument(
         "--target",
-        type=_target,
+        type=value.target,
         metavar="KIND=SIZE",
-        help="params=0.6 or macs=0.6 of the dense model; above 1 a number, params=20e6",
+        help="params=0.6, macs=0.6 or latency=0.6 of the dense model; above 1 a number, "
+        "params=20e6; latency is that of one image on --device, above 1 in milliseconds",
     )
     size.add_argument(
         "--max-increase",
-        type=_not_negative,
+        type=value.not_negative,
         metavar="NATS",
         help="of entropy that the cut of each MLP may add; the paper has 0.01",
     )
@@ -166,11 +161,69 @@ then, in Python: model = tp_amp.create_model("small")
         "--prune-num-heads", action="store_true", help="cut heads of attentions too"
     )
     parser.add_argument(
-        "--round-to", type=_positive, default=1, metavar="N", help="widths are multiples of N"
+        "--round-to", type=value.positive, default=1, metavar="N", help="widths are multiples of N"
     )
     parser.add_argument(
-        "--min-width", type=_positive, default=1, metavar="N", help="smallest width of an MLP"
+        "--min-width", type=value.positive, default=1, metavar="N", help="smallest width of an MLP"
     )
+
+
+def _add_distill(add: _Add) -> None:
+    examples = """\
+The teacher is the dense model that FOLDER was cut from, with the weights you name. The student
+learns its tokens before the final norm; no label is read. Accuracy, where the images have labels of
+the model's classes, or else the cosine to the teacher is measured before and after. The images to
+train on are held in memory, 0.6 MB each at 224 x 224; tp_amp.distill in Python takes any loader.
+Needs tp-amp[distill], and --train lora needs tp-amp[lora].
+
+examples:
+  tp-amp distill small --pretrained --data photos --output better
+  tp-amp distill small --weights mine.safetensors --data train.parquet --images 8000 \\
+      --epochs 30 --train cut --checkpoint run --output better
+"""
+    parser = add(
+        "distill",
+        "FOLDER --data DATA --output FOLDER2 (--pretrained | --weights FILE)\n"
+        "                     ",
+        "train a pruned model to give its dense teacher's features, without labels",
+        DATA,
+        examples,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the student, made by tp-amp prune")
+    _add_output(parser)
+    teacher = parser.add_argument_group("teacher (one of the two)").add_mutually_exclusive_group()
+    teacher.add_argument("--pretrained", action="store_true", help="the library's own weights")
+    _add_weights(teacher, "of the dense model: ")
+    _add_data(parser, "that the result is judged on", "to train on", 1024)
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs",
+        type=value.positive,
+        default=10,
+        metavar="N",
+        help="the papers use 5 to 30 on ImageNet (default: 10); the first tenth, one epoch at "
+        "most, is warm-up",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=value.above_zero,
+        default=2e-5,
+        metavar="RATE",
+        help="at 256 images for each step, scaled by --batch-size / 256 (default: 2e-5)",
+    )
+    group.add_argument(
+        "--train",
+        choices=("all", "cut", "lora"),
+        default="all",
+        help="all weights, those of cut layers, or adapters on these (default: all)",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="write the state after each epoch, losses.json and losses.png; a killed command "
+        "started again goes on from there",
+    )
+    _add_place(parser.add_argument_group("model"))
 
 
 def _add_report(add: _Add) -> None:
@@ -186,15 +239,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-args",
         nargs="+",
-        type=_argument,
+        type=value.name_and_value,
         default=[],
         metavar="NAME=VALUE",
         help="further arguments of the model: num_classes=10 img_size=64",
     )
     group.add_argument("--pretrained", action="store_true", help="the library's own weights")
-    group.add_argument(
-        "--weights", metavar="FILE", help=".safetensors, or a state dict without pickled objects"
-    )
+    _add_weights(group)
+    _add_place(group)
+
+
+def _add_weights(group: Any, whose: str = "") -> None:
+    text = f"{whose}.safetensors, or a state dict without pickled objects"
+    group.add_argument("--weights", metavar="FILE", help=text)
+
+
+def _add_place(group: Any) -> None:
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: cuda if there)"
     )
@@ -204,28 +264,43 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="of weights and images (default: the model's own)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="of random weights and draws of images (default: 0)"
+        "--seed", type=int, default=0, help="of all that is random: weights, images (default: 0)"
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="to write; must be empty or not there"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of an earlier run in --output"
+    )
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, purpose: str, first: str = "that score", count: int = 256
+) -> None:
     group = parser.add_argument_group("images, without labels unless said otherwise")
     group.add_argument("--data", required=True, metavar="DATA", help="see below")
     group.add_argument(
         "--split", default="train", metavar="NAME", help="of datasets:NAME (default: train)"
     )
     group.add_argument(
-        "--images", type=_positive, default=256, metavar="N", help="that score (default: 256)"
+        "--images",
+        type=value.positive,
+        default=count,
+        metavar="N",
+        help=f"{first} (default: {count})",
     )
     group.add_argument(
         "--search-images",
-        type=_positive,
+        type=value.positive,
         default=128,
         metavar="N",
         help=f"others, {purpose} (default: 128)",
     )
     group.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="(default: 32)"
+        "--batch-size", type=value.positive, default=32, metavar="N", help="(default: 32)"
     )
     group.add_argument(
         "--skip-corrupt", action="store_true", help="leave out images that can't be decoded"
@@ -240,48 +315,3 @@ def _add_compensation(parser: argparse.ArgumentParser, default: str) -> None:
         help="fold what the cut neurons said into the bias (mean), or into the weights of the "
         f"kept ones too (affine); default: {default}",
     )
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; MODEL stands before them")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _target(text: str) -> dict[str, float]:
-    kind, _, size = text.partition("=")
-    number = _number(size)
-    if kind not in ("params", "macs") or not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no target; write params=0.6 or macs=0.6, a fraction of the dense model"
-        )
-    return {kind: number}
-
-
-def _fraction(text: str) -> float:
-    if not 0 < _number(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction above 0, 1 at most")
-    return float(text)
-
-
-def _not_negative(text: str) -> float:
-    if not 0 <= _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of zero or more, such as 0.01")
-    return float(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,52 @@ import torch
 from torch import nn
 
 import tp_amp
-from tp_amp._state import check_finite, seeded
+from tp_amp._state import seeded
 from tp_amp.batches import example
 from tp_amp.budget import Budget
+from tp_amp.command_parts import (
+    REPORT,
+    Answer,
+    count_images,
+    draw_batches,
+    load_model,
+    size_of,
+    write_model,
+)
 from tp_amp.comparing import compare as compare_importances
 from tp_amp.cutting import Site
 from tp_amp.describing import described, widths
-from tp_amp.drawing import draw
-from tp_amp.fidelity import class_count, default_metric
+from tp_amp.distill_command import distill
+from tp_amp.fidelity import default_metric
 from tp_amp.graph import build_graph
 from tp_amp.help_texts import IMPORTANCES
-from tp_amp.images import Images, open_images
-from tp_amp.inspection import macs_of
-from tp_amp.loaded import Loaded
+from tp_amp.images import open_images
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.plan import PruningPlan
 from tp_amp.pruning import FACTORIES, LABELLED, composed, prune_model
 from tp_amp.report import Report
-from tp_amp.saving import PLAN, save_pruned
-from tp_amp.sources import load
+from tp_amp.saving import PLAN
 from tp_amp.staging import check_output, staging
 
 logger = logging.getLogger(__name__)
 
-RECORD, REPORT = "prune.json", "report.json"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command prints: a text, or one JSON object."""
-
-    text: str
-    record: dict[str, Any]
-
 
 def run(options: Namespace) -> Answer:
     """Run the command that was parsed, with everything random seeded."""
-    commands = {"inspect": inspect, "compare": compare, "prune": prune, "report": report}
+    commands = {
+        "inspect": inspect,
+        "compare": compare,
+        "prune": prune,
+        "distill": distill,
+        "report": report,
+    }
     with seeded(getattr(options, "seed", 0)):
         return commands[options.command](options)
 
 
 def inspect(options: Namespace) -> Answer:
     """Tell what can be cut."""
-    loaded = _load(options)
+    loaded = load_model(options)
     told = logging.getLogger("tp_amp.inspection")
     level = told.level
     told.setLevel(logging.ERROR)  # its warnings stand in the answer
@@ -73,8 +75,8 @@ def compare(options: Namespace) -> Answer:
     if options.plot:
         _check_plot(Path(options.plot))
     images = open_images(options.data, options.split)
-    loaded = _load(options)
-    labelled, (scoring, judging) = _batches(options, images, loaded)
+    loaded = load_model(options)
+    labelled, (scoring, judging) = draw_batches(options, images, loaded)
     names = options.importance or [n for n in IMPORTANCES if labelled or n not in LABELLED]
     found = compare_importances(
         loaded.model,
@@ -99,21 +101,26 @@ def prune(options: Namespace) -> Answer:
     output = Path(options.output)
     check_output(output, options.overwrite)
     images = open_images(options.data, options.split)
-    loaded = _load(options)
+    loaded = load_model(options)
     model, inputs = loaded.model, loaded.blank()
     mlps = _check_size(model, inputs, options)
     with staging(output, model) as folder:
-        labelled, (scoring, judging) = _batches(options, images, loaded)
+        labelled, (scoring, judging) = draw_batches(options, images, loaded)
         if options.importance in LABELLED and not labelled:
             raise ValueError(
                 f"--importance {options.importance} needs labels, and {options.data} has none of "
                 "this model's classes; take another (entropy and reconstruction need none)"
             )
         metric, measure = default_metric(model, judging)
-        before = {**_size(model, inputs), metric: measure(model)}
+        before = {**size_of(model, inputs), metric: measure(model)}
         dense = copy.deepcopy(model)
         plan = prune_model(model, inputs, mlps, scoring, judging, options)
-        after = {**_size(model, inputs), metric: measure(model)}
+        after = {**size_of(model, inputs), metric: measure(model)}
+        if "latency" in (options.target or {}):
+            timed = tp_amp.measure_both(dense, model, [inputs])
+            before["latency"], after["latency"] = (
+                1000 / found.images_per_second for found in timed
+            )
         both = tp_amp.measure_both(dense, model, judging)
         if loaded.plan is not None:
             plan = composed(loaded.plan, plan)
@@ -121,26 +128,18 @@ def prune(options: Namespace) -> Answer:
             "spec": options.model,
             "output": options.output,
             **{key: getattr(options, key) for key in _SETTINGS},
-            "images_scored": _count(scoring),
-            "images_judged": _count(judging),
+            "images_scored": count_images(scoring),
+            "images_judged": count_images(judging),
             "before": before,
             "after": after,
             "widths": widths(plan),
             "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
         }
-        _write(loaded, plan, record, folder)
+        write_model(loaded, plan, record, folder)
         plan.report(*both).save(folder / REPORT)
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     saved = f"saved in {output}: {files}\nnext: tp-amp report {output}"
     return Answer(f"{described(record)}\n{saved}", record)
-
-
-def _write(loaded: Loaded, plan: PruningPlan, record: dict[str, Any], folder: Path) -> None:
-    origin = {"library": loaded.library, "name": loaded.name}
-    save_pruned(loaded.model, folder, plan, **origin, arguments=loaded.arguments)
-    if loaded.processor is not None:
-        loaded.processor.save_pretrained(folder)
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def report(options: Namespace) -> Answer:
@@ -178,62 +177,6 @@ _SETTINGS = (
 )
 
 
-def _load(options: Namespace) -> Loaded:
-    device = _device(options.device)
-    loaded = load(
-        options.model,
-        arguments=dict(options.model_args),
-        pretrained=options.pretrained,
-        weights=options.weights,
-    )
-    check_finite(loaded.model)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    loaded.model.to(device, dtype).eval()
-    return loaded
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).tolist()  # fails on the meta device too
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} is not there ({str(error).splitlines()[0]}); --device cpu always is"
-        ) from error
-    return device
-
-
-def _batches(options: Namespace, images: Images, loaded: Loaded) -> tuple[bool, list[list[Any]]]:
-    """Images that score, and others that judge; with labels where they are the model's classes."""
-    if not (options.pretrained or options.weights or loaded.plan):
-        logger.warning(
-            "%s has random weights, good for trying commands only; --pretrained or --weights FILE "
-            "gives it trained ones",
-            options.model,
-        )
-    classes = class_count(loaded.model, example(loaded.blank()))
-    labelled = classes is not None and images.classes == classes
-    if images.classes and classes and not labelled:
-        logger.warning(
-            "the labels of %s are left out: %d classes, the model has %d",
-            options.data,
-            images.classes,
-            classes,
-        )
-    return labelled, draw(
-        images,
-        loaded.transform,
-        (options.images, options.search_images),
-        mode=loaded.mode,
-        labelled=labelled,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        skip_corrupt=options.skip_corrupt,
-    )
-
-
 def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
     """Find the MLPs, and refuse a target out of reach before any long work."""
     traced = build_graph(model, inputs)
@@ -244,8 +187,9 @@ def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
         )
     if options.target is not None and not options.prune_num_heads:
         sites: list[Site] = [*mlps]
-        budget = Budget(options.target, model, traced.graph, sites, example(inputs))
-        least = max(options.round_to, options.min_width)
+        step = options.round_to
+        budget = Budget(options.target, model, traced.graph, sites, example(inputs), round_to=step)
+        least = max(step, options.min_width)
         budget.check({mlp.down: min(mlp.width, least) for mlp in mlps})
     return mlps
 
@@ -255,13 +199,3 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"--plot {path} must end in .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it first")
-
-
-def _size(model: nn.Module, inputs: Any) -> dict[str, float]:
-    """Parameters, and multiply-accumulates of one image."""
-    macs = macs_of(model, example(inputs))[""]
-    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": int(macs)}
-
-
-def _count(batches: list[Any]) -> int:
-    return sum(len(batch[0] if isinstance(batch, tuple) else batch) for batch in batches)

@@ -7,7 +7,11 @@ from typing import Any
 from tp_amp.comparison import table
 from tp_amp.plan import PruningPlan
 
-_SIZES = {"parameters": ("parameters", "M", 1e6), "macs": ("MACs", "G", 1e9)}
+_SIZES = {
+    "parameters": ("parameters", "M", 1e6),
+    "macs": ("MACs", "G", 1e9),
+    "latency": ("latency of one image", "ms", 1.0),
+}
 
 
 def widths(plan: PruningPlan) -> dict[str, dict[str, int]]:
@@ -33,5 +37,10 @@ def described(record: dict[str, Any]) -> str:
             lines.append(f"{name}: {sizes} ({after / before:.1%})")
         else:
             images = f"{record['images_judged']} images that did not score"
-            lines.append(f"{key}: {before:.4f} -> {after:.4f}, on {images}")
+            lines.append(changed(key, before, after, images))
     return "\n".join(lines)
+
+
+def changed(metric: str, before: float, after: float, images: str) -> str:
+    """How a metric changed, on which images."""
+    return f"{metric}: {before:.4f} -> {after:.4f}, on {images}"

@@ -38,13 +38,14 @@ exit codes: 0 done; 1 a defect of tp-amp, with a traceback; 2 a mistake in the c
 files, told in one line, with nothing half-written; 130 interrupted
 """
 DESCRIPTION = """\
-Make vision transformers smaller without labels and without fine-tuning.
+Make vision transformers smaller without labels, with fine-tuning or without.
 
   1. tp-amp inspect MODEL                     what can be cut, and what it is worth
   2. tp-amp compare MODEL --data DATA         which criterion suits this model
   3. tp-amp prune MODEL --data DATA --target params=0.6 --output small
   4. tp-amp report small                      what was cut where
   5. tp-amp inspect small                     a saved folder is a model again
+  6. tp-amp distill small --pretrained --data DATA --output better
 
 Each has a --help with examples. To try all of it at once, with no data and no download:
 

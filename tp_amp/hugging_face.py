@@ -14,12 +14,7 @@ logger = logging.getLogger(__name__)
 
 def load_hugging_face(name: str, arguments: dict[str, Any], pretrained: bool) -> Loaded:
     """Build the image model that a name on the hub, or a folder, stands for."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("install tp-amp[huggingface] for models of transformers") from error
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers = _transformers()
     config, unknown = fetched(
         f"hf:{name}",
         lambda: transformers.AutoConfig.from_pretrained(
@@ -38,6 +33,24 @@ def load_hugging_face(name: str, arguments: dict[str, Any], pretrained: bool) ->
     processor = image_processor(name, model.config, arguments)
     transform, mode = processor_transform(processor), picture_mode(model.config)
     return Loaded(model, "transformers", kind.__name__, {}, transform, mode, processor=processor)
+
+
+def fetch_hugging_face(name: str, kind: str, config: dict[str, Any]) -> Any:
+    """The weights that a name on the hub, or a folder, stands for, in a model of a class."""
+    found = getattr(_transformers(), kind)
+    given = found.config_class.from_dict(config)
+    return fetched(f"hf:{name}", lambda: found.from_pretrained(name, config=given))
+
+
+def _transformers() -> Any:
+    """The library, silent where nobody looks on."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("install tp-amp[huggingface] for models of transformers") from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers
 
 
 def _image_class(name: str, config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -189,12 +189,17 @@ def _speeds(
     speeds: list[list[float]] = [[] for _ in models]
     for _ in range(WARM_UP + repeats):
         for model, found in zip(models, speeds, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            inputs.call(model)
-            _wait(device)
-            found.append(inputs.images / (time.perf_counter() - start))
+            found.append(inputs.images / seconds(model, inputs, device))
     return [numpy.quantile(found[WARM_UP:], (0.25, 0.5, 0.75)).tolist() for found in speeds]
+
+
+def seconds(run: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
+    """How long one forward pass takes on a device, all of its work done."""
+    _wait(device)
+    start = time.perf_counter()
+    inputs.call(run)
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -72,9 +72,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         objective: as for `EntropyTaylorImportance`; by default the importance's own, else
             `"auto"`.
         max_increase: allowed increase of the entropy for each MLP, in nats.
-        target: size to prune to instead, `{"params": 0.6}` or `{"macs": 0.6}`: a fraction of the
-            dense model, or above 1 an absolute number. Then `max_increase` is where the bisection
-            for the tolerance starts, and each MLP is allowed its share of it by what it costs.
+        target: size to prune to instead, `{"params": 0.6}`, `{"macs": 0.6}` or
+            `{"latency": 0.6}`: a fraction of the dense model, or above 1 an absolute number. Then
+            `max_increase` is where the bisection for the tolerance starts, and each MLP is allowed
+            its share of it by what it costs. The latency is that of one forward pass on the
+            example inputs, in milliseconds above 1; its table is measured here, on the model's
+            device, and so anew for a search that goes on from a checkpoint.
         compensation: `"none"`, `"mean"`, `"affine"`, or a `Recipe` with further settings; see
             `compensate`.
         compensation_data: batches that the compensation is fitted on; by default the importance's
@@ -214,7 +217,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.budget: Budget | None = None
         if target is not None:
             inputs = example(example_inputs)
-            self.budget = Budget(target, model, self.DG, self._sites, inputs, forward_fn)
+            self.budget = Budget(target, model, self.DG, self._sites, inputs, forward_fn, round_to)
         self.calibration = calibration
         known = getattr(importance, "objective", None)
         if objective is None and isinstance(known, Objective):
@@ -313,7 +316,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             "model": model_digest(self.model),
             "importance": describe(self.importance),
             "objective": describe(self.objective),
-            "target": None if self.budget is None else [self.budget.kind, self.budget.amount],
+            "target": None if self.budget is None else self.budget.target,
             "compensation": describe(asdict(self.recipe)),
             "layers": [site.down for site in self._sites],
             "calibration": first_digest(first.tensors()),
@@ -335,6 +338,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             return {name: len(kept) for name, kept in runs[increase].keep.items()}
 
         self.max_increase = budget.meet(widths_at, self.max_increase or 1e-2)
+        budget.confirm(runs[self.max_increase].keep)
         return runs[self.max_increase]
 
     def _minimum(self, site: Site) -> int:

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tp_amp.hugging_face import (
+    fetch_hugging_face,
     image_processor,
     load_hugging_face,
     picture_mode,
@@ -56,6 +59,48 @@ def load(
     if weights:
         load_weights(loaded.model, weights)
     return loaded
+
+
+def load_teacher(
+    folder: Path, *, origin: str | None = None, pretrained: bool = False, weights: str | None = None
+) -> nn.Module:
+    """Build the dense model that a saved folder was cut from, with trained weights.
+
+    Args:
+        folder: that `save_pruned` wrote with `library` and `name`.
+        origin: the model as it was named when it was cut, where the library's weights go by more
+            than the architecture (open_clip's tag, the hub's name).
+        pretrained: load the library's own weights, which may fetch them.
+        weights: file with the dense model's weights, as for `load`.
+
+    Raises:
+        ValueError: not one source of weights is given, they are not known, or don't fit.
+        ImportError: the library is not installed.
+    """
+    if pretrained and weights:
+        raise ValueError("--pretrained and --weights both give weights; pass one of them")
+    if not (pretrained or weights):
+        raise ValueError(
+            "a teacher with random weights teaches nothing; pass --pretrained, or --weights FILE "
+            "of the dense model"
+        )
+    source = json.loads((folder / SOURCE).read_text())
+    library, name = source["library"], source["name"]
+    if weights:
+        teacher = built(str(folder), source)
+        load_weights(teacher, weights)
+        return teacher
+    spec = f"timm:{name}" if library == "timm" else origin or ""
+    prefix = "hf" if library == "transformers" else library
+    if not spec.startswith(f"{prefix}:"):
+        raise ValueError(
+            f"{folder} does not say which of {library}'s weights {name} had; pass --weights FILE "
+            "of the dense model"
+        )
+    if library == "transformers":
+        found = fetch_hugging_face(spec.removeprefix("hf:"), name, source["config"])
+        return found  # type: ignore[no-any-return]
+    return load(spec, arguments=source["arguments"], pretrained=True).model
 
 
 def _saved(spec: str, further: Any) -> Loaded:
