@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from tp_amp.heads import Attention
 from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply, corrected, token_weights
 from tp_amp.search import Probe, accepted, search_width
+from tp_amp.sequential import STORED, SequentialTest, SiteTest
 from tp_amp.watching import watch
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,29 @@ class Found:
     def __init__(self) -> None:
         self.keep: dict[str, list[int]] = {}
         self.probes: dict[str, list[Probe]] = {}
+
+
+class Accepted(NamedTuple):
+    """The last accepted model: the name of its state, and its entropy (nats)."""
+
+    state: str
+    entropy: float
+
+
+class Widths(NamedTuple):
+    """The widths of a site to choose from: its order, the best first, and the widths before."""
+
+    site: Site
+    order: list[int]
+    before: tuple[int, ...]
+
+    def kept(self, width: int) -> list[int]:
+        """What is kept at a width."""
+        return sorted(self.order[:width])
+
+    def state(self, width: int) -> str:
+        """The name of the model as cut so far, and the site to a width."""
+        return ",".join(map(str, (*self.before, width)))
 
 
 class WidthSearch:
@@ -48,6 +72,9 @@ class WidthSearch:
         foreseen: the width to try first for an allowed increase (nats), None for the middle.
         steps: widths tried for each site at most.
         compensator: corrects a cut layer before it is judged.
+        test: judges by as few images as it can, in place of `entropy`. What it accepts last for a
+            site is run on all images: the next site is compared with that, and a wrong verdict
+            comes out.
         prefix: what comes before a site, kept from probe to probe.
         checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
         progress: show a progress bar on a terminal.
@@ -66,6 +93,7 @@ class WidthSearch:
         foreseen: Callable[[Site, float], int | None],
         steps: int,
         compensator: Compensator,
+        test: SequentialTest | None,
         prefix: Prefix,
         checkpoint: Checkpoint | None,
         progress: bool,
@@ -74,7 +102,7 @@ class WidthSearch:
         self.minimum, self.round_to, self.steps = minimum, round_to, steps
         self.foreseen = foreseen
         self.compensator, self.progress = compensator, progress
-        self._entropy, self._rescore = entropy, rescore
+        self._entropy, self._test, self._rescore = entropy, test, rescore
         self.prefix, self._checkpoint = prefix, checkpoint
         # Entropies by widths, orders by site and the widths before: what a killed run goes on from.
         self._known: dict[str, float] = {}
@@ -83,7 +111,11 @@ class WidthSearch:
         self._pruned = ExitStack()
         if checkpoint is not None:
             self._known = dict(checkpoint.facts)
-            self._orders = {name: order.tolist() for name, order in checkpoint.tensors.items()}
+            self._orders = {
+                name: order.tolist()
+                for name, order in checkpoint.tensors.items()
+                if not name.startswith(STORED)
+            }
         if not rescore and not self._orders:
             self._orders = self._ranked(sites)
             self._write()
@@ -95,7 +127,7 @@ class WidthSearch:
         Args:
             max_increase: `down` -> allowed increase of the entropy (nats).
         """
-        found, reference = Found(), self.dense_entropy
+        found, reference = Found(), Accepted("", self.dense_entropy)
         self._pending.clear()
         self.prefix.reset()
         with ExitStack() as self._pruned:
@@ -105,35 +137,47 @@ class WidthSearch:
             for site in self.sites:
                 before = tuple(len(kept) for kept in found.keep.values())
                 order = self._order(site, before)
-
-                def entropy(
-                    width: int,
-                    site: Site = site,
-                    order: list[int] = order,
-                    before: tuple[int, ...] = before,
-                ) -> float:
-                    bars.update()
-                    return self._probe(site, order[:width], (*before, width))
-
-                tried = search_width(
-                    entropy,
-                    site.width,
-                    reference=reference,
-                    max_increase=max_increase[site.down],
-                    steps=self.steps,
-                    minimum=self.minimum(site),
-                    round_to=self.round_to(site),
-                    first=self.foreseen(site, max_increase[site.down]),
-                )
+                widths = Widths(site, order, before)
+                tried = self._bisect(widths, reference, max_increase[site.down], bars.update)
                 best = accepted(tried)
-                kept = sorted(order[: best.width]) if best else list(range(site.width))
+                kept = widths.kept(best.width) if best else list(range(site.width))
                 if best:
-                    reference = best.entropy
+                    reference = Accepted(widths.state(best.width), best.entropy)
                     self._pending.append((site, kept))
                 found.keep[site.down], found.probes[site.down] = kept, tried
             bars.close()
         self.prefix.reset()
         return found
+
+    def _bisect(
+        self, widths: Widths, reference: Accepted, max_increase: float, tell: Callable[[], Any]
+    ) -> list[Probe]:
+        """Find the width of one site."""
+        site = widths.site
+        judge: SiteTest | None = None
+        if self._test is not None:
+            judge = SiteTest(self._test, reference.state, max_increase)
+
+        def entropy(width: int) -> float:
+            tell()
+            return self._probe(widths, width, judge)
+
+        while True:
+            tried = search_width(
+                entropy,
+                site.width,
+                reference=reference.entropy,
+                max_increase=max_increase,
+                steps=self.steps,
+                minimum=self.minimum(site),
+                round_to=self.round_to(site),
+                first=self.foreseen(site, max_increase),
+            )
+            best = accepted(tried)
+            if judge is None or best is None or judge.is_exact(widths.state(best.width)):
+                return tried
+            # On all images, after which a wrong verdict is another one.
+            judge.settle(widths.state(best.width))
 
     def smallest(self) -> dict[str, int]:
         """The widths if every probe were accepted."""
@@ -152,16 +196,29 @@ class WidthSearch:
             widths[site.down] = tried[-1].width if tried else site.width
         return widths
 
-    def _probe(self, site: Site, kept: list[int], state: tuple[int, ...]) -> float:
-        """The entropy with a site cut, on the model as cut so far, which `state` tells."""
-        name = ",".join(map(str, state))
-        if name in self._known:
-            return self._known[name]
+    def _probe(self, widths: Widths, width: int, judge: SiteTest | None) -> float:
+        """The entropy with a site cut, on the model as cut so far."""
+        state = widths.state(width)
+        if judge is None:
+            if state not in self._known:
+                with self._as_cut(widths, width):
+                    self.prefix.run(widths.site, lambda: self._measured(state))
+            return self._known[state]
+        while (value := judge.entropy(state)) is None:  # once
+            start = judge.test.measured(state)
+            with self._as_cut(widths, width):
+                self.prefix.run(widths.site, lambda: judge.measure(state), start)
+            self._write()
+        return value
+
+    @contextmanager
+    def _as_cut(self, widths: Widths, width: int) -> Iterator[None]:
+        """The model as cut so far, and one more site cut."""
         self._settle()
-        self.prefix.prepare(site)
+        self.prefix.prepare(widths.site)
         with ExitStack() as stack:
-            self._cut(stack, site, sorted(kept))
-            return self.prefix.run(site, lambda: self._measured(name))
+            self._cut(stack, widths.site, widths.kept(width))
+            yield
 
     def _settle(self) -> None:
         """Cut what was accepted; not before it matters, for all that follows may be known."""
@@ -172,6 +229,11 @@ class WidthSearch:
 
     def _measured(self, state: str) -> float:
         """The entropy of the model as it is, which `state` names."""
+        if self._test is not None:
+            if not self._test.complete(state):
+                self._test.measure(state)
+                self._write()
+            return self._test.mean(state)
         if state not in self._known:
             self._known[state] = self._entropy()
             self._write()
@@ -196,7 +258,8 @@ class WidthSearch:
     def _write(self) -> None:
         if self._checkpoint is not None:
             orders = {name: torch.tensor(order) for name, order in self._orders.items()}
-            self._checkpoint.write(orders, self._known)
+            values = self._test.stored if self._test is not None else {}
+            self._checkpoint.write({**orders, **values}, self._known)
 
     def _cut(self, stack: ExitStack, site: Site, kept: list[int]) -> None:
         correction = self.compensator.correction(site, kept)

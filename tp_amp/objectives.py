@@ -27,8 +27,13 @@ def prediction_entropy(logits: Tensor) -> Tensor:
         >>> round(float(prediction_entropy(torch.zeros(3, 10))), 4)  # log(10)
         2.3026
     """
+    return image_entropies(logits).mean()
+
+
+def image_entropies(logits: Tensor) -> Tensor:
+    """Shannon entropy (nats) of softmax(logits) of each image, `(images,)`."""
     log_p = wide(logits).log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def similarity_entropy(features: Tensor, temperature: float = 1 / 15) -> Tensor:
@@ -109,6 +114,17 @@ class Objective:
         else:
             value = self.of_output(inputs.call(model))
         return _finite(value)
+
+    def values(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Run the model on one batch; the objective of each image, `(images,)`, or of all, `(1,)`.
+
+        Only `prediction` has one of each image. The errors are those of a call.
+        """
+        if self.kind != "prediction":
+            return self(model, inputs).reshape(1)
+        values = image_entropies(read_logits(inputs.call(model)))
+        _finite(values.mean())
+        return values
 
     def of_turn(self, model: nn.Module, turn: Turn) -> Tensor:
         """The objective of the batches of all ranks as one, with the gradient of this rank's own.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tp_amp.cutting import Site
 from tp_amp.distributed import RankError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Prefix:
@@ -73,12 +74,12 @@ class Prefix:
         except _OtherBatch:
             self._give_up("the batches are others each time", logging.WARNING)
 
-    def run(self, site: Site, function: Callable[[], float]) -> float:
-        """Call a function that runs the model, cut at `site`, on all batches in turn."""
+    def run(self, site: Site, function: Callable[[], T], start: int = 0) -> T:
+        """Call a function that runs the model, cut at `site`, on the batches from `start` on."""
         place = self._place(site)
         whole = place is None or self._inside[0] != site.down
         try:
-            with nullcontext() if whole else self._replayed(place or 0):
+            with nullcontext() if whole else self._replayed(place or 0, start):
                 return function()
         except (_OtherBatch, RankError) as error:
             # Where one rank starts again, all do.
@@ -180,18 +181,19 @@ class Prefix:
         return _forward(first, _announced(lambda state: self._first.append(some_values(state))))
 
     @contextmanager
-    def _replayed(self, place: int) -> Iterator[None]:
+    def _replayed(self, place: int, start: int = 0) -> Iterator[None]:
         """Let the modules before a site give what they gave, batch after batch."""
         modules = [self.model.get_submodule(name) for name in self.steps[: place + 1]]
         with ExitStack() as stack:
             for module in modules[: max(0, place - 1)]:
                 stack.enter_context(_forward(module, lambda _: lambda state, *_a, **_k: state))
             if place:
-                stack.enter_context(_given(modules[place - 1], self._given[self.steps[place - 1]]))
+                outputs = self._given[self.steps[place - 1]]
+                stack.enter_context(_given(modules[place - 1], outputs[start:]))
             for name, outputs in self._inside[1].items():
-                stack.enter_context(_given(modules[place].get_submodule(name), outputs))
+                stack.enter_context(_given(modules[place].get_submodule(name), outputs[start:]))
             if self._first:
-                first = iter(self._first)
+                first = iter(self._first[start:])
                 stack.enter_context(_forward(modules[0], _announced(lambda x: _check(x, first))))
             yield
 

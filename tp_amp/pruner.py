@@ -24,7 +24,7 @@ from tp_amp.budget import Budget
 from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.compensation import Correction, Method
 from tp_amp.cutting import Site, cut
-from tp_amp.distributed import check_same_weights, together
+from tp_amp.distributed import active, check_same_weights, together
 from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
@@ -36,6 +36,7 @@ from tp_amp.recipe import Recipe, apply
 from tp_amp.reconstruction import ReconstructionImportance
 from tp_amp.refit import fit
 from tp_amp.search import Probe, accepted
+from tp_amp.sequential import Forwards, SequentialTest
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         cache_bytes: how much of what the blocks before the one at hand give may be kept on the
             model's device. Probes then run only the rest of the model, with the same result; what
             does not fit is computed again on the way. 0 runs the whole model for every probe.
+        error_probability: stop a probe as soon as it is accepted or rejected with at most this
+            probability of another verdict than on all calibration images, 0.05 say; see
+            `SequentialTest`. The width found for a layer is tried on all images, so that it is
+            within the tolerance as without. The batches must be drawn at random, the same ones
+            each time, and small (verdicts come after a batch). None runs all images.
         checkpoint: a folder where the search writes rankings and the entropy of every probe, and
             the scoring its sums after every batch. Killed at any moment and started again with
             the same arguments, `step` goes on from there and finds the same plan, at the cost of
@@ -109,6 +115,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         attentions: the attentions it prunes; none without `prune_num_heads`.
         plan: after `step`, names, kept channels, widths, and the entropy at every probe.
         corrections: after `step`, what compensation adds to each layer.
+        forwards: after `step` with `error_probability`, the images that the search ran the model
+            on, and how many all of its probes take on all images.
 
     Raises:
         ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
@@ -130,6 +138,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
 
     plan: PruningPlan
     corrections: dict[str, Correction]
+    forwards: Forwards
 
     def __init__(
         self,
@@ -151,6 +160,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_pruning_ratio: float = 1.0,
         ignored_layers: list[nn.Module] | None = None,
         cache_bytes: int = 2**30,
+        error_probability: float | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
         forward_fn: Callable[..., Any] | None = None,
@@ -159,6 +169,14 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         customized_pruners: dict[Any, Any] | None = None,
     ) -> None:
         _check_arguments(max_increase, steps, round_to, min_width, max_pruning_ratio)
+        if error_probability is not None and not 0 < error_probability < 0.5:
+            raise ValueError(
+                f"error_probability must lie between 0 and 0.5, found {error_probability}"
+            )
+        if error_probability is not None and active():
+            raise ValueError(
+                "error_probability is for one process; on several, every probe runs all images"
+            )
         check_batches(calibration, repeatable=True)
         if getattr(importance, "data", None) is calibration:
             raise ValueError(
@@ -226,7 +244,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             self.objective = Objective(objective or "auto")
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.error_probability = cache_bytes, error_probability
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self._pruned = False
 
@@ -271,6 +289,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     def _search(self) -> PruningPlan:
         """Find every width; whatever happens, the model is afterwards as it was."""
         objective = resolve_on(self.objective, self.model, self.calibration)
+        checkpoint = self._checkpoint()
+        test = None
+        if self.error_probability is not None:
+            stored = checkpoint.tensors if checkpoint else {}
+            test = SequentialTest(
+                self.model, self.calibration, objective, self.error_probability, stored
+            )
         search = WidthSearch(
             self.DG,
             self._sites,
@@ -283,12 +308,19 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             steps=self.steps,
             compensator=Compensator(self.DG, self.compensation_data, self.recipe),
             prefix=Prefix(self.model, self._sites, self.calibration, self.cache_bytes),
-            checkpoint=self._checkpoint(),
+            test=test,
+            checkpoint=checkpoint,
             progress=self.progress,
         )
         found = self._meet(search) if self.budget else search.run(self._tolerances())
         for site in self._sites:
             self._report(site, found.probes[site.down])
+        if test is not None:
+            self.forwards = test.forwards
+            logger.info(
+                "the search ran the model on %d images; on all images its probes take %d",
+                *self.forwards,
+            )
         if all(len(found.keep[site.down]) == site.width for site in self._sites):
             logger.warning(
                 "nothing is pruned: no width of any MLP keeps the entropy within %g nats of the "
@@ -311,7 +343,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         with observing(self.model, gradients=False):
             batches = stream(self.calibration, self.model, description="", progress=False)
             first = next(batches)
-        names = ("max_increase", "steps", "rescore", "min_width", "round_to", "max_pruning_ratio")
+        names = ["max_increase", "steps", "rescore", "min_width", "round_to", "max_pruning_ratio"]
+        names.append("error_probability")
         identity = {
             "model": model_digest(self.model),
             "importance": describe(self.importance),
