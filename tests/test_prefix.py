@@ -84,12 +84,13 @@ def test_blocks_before_the_cut_are_not_run_again() -> None:
         for place, block in enumerate(model.blocks):
             block.mlp.place = place
             block.mlp.register_forward_pre_hook(count)
-        pruner_of(model, cache_bytes=limit).step()
+        importance, search = tp_amp.GramSchmidtImportance(), images(16)[8:].split(1)
+        tp_amp.AdaptiveMLPPruner(model, images(1), importance, search, cache_bytes=limit).step()
         counts[limit] = calls
     kept, plain = counts[2**30], counts[0]
     assert kept[3] >= plain[3]  # the last block is run for every probe
     assert kept[0] < 0.6 * plain[0]
-    assert sum(kept) < 0.9 * sum(plain)  # of two batches, one is run to look around
+    assert sum(kept) < 0.85 * sum(plain)
 
 
 class Shuffled:

@@ -57,6 +57,7 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
 @contextmanager
 def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Run in eval mode, frozen and seeded, with every output projection called as a module."""
+    check_not_compiled(model)
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
@@ -174,4 +175,19 @@ def check_finite(model: nn.Module) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(
                 f"parameter {name} holds NaN or infinite values; load sound weights before pruning"
+            )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise ValueError if torch.compile runs the model: its graphs know no layers, nor hooks."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by torch.compile; pass model._orig_mod, and "
+                "compile what is pruned"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or 'the model'} was compiled in place; prune a model that is not, and "
+                "call compile() afterwards"
             )

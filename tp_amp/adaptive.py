@@ -139,6 +139,8 @@ class WidthSearch:
                 order = self._order(site, before)
                 widths = Widths(site, order, before)
                 tried = self._bisect(widths, reference, max_increase[site.down], bars.update)
+                # Fewer widths may be left to try.
+                bars.update(max(0, self.steps - len(tried)))
                 best = accepted(tried)
                 kept = widths.kept(best.width) if best else list(range(site.width))
                 if best:

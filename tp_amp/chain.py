@@ -150,17 +150,17 @@ def _with_gradient(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested arguments."""
+def all_tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested arguments or outputs."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
+    return [t for v in value for t in all_tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 def _reads_images(rest: Inputs) -> bool:
-    return any(t.requires_grad for t in _tensors([rest.args, rest.kwargs]))
+    return any(t.requires_grad for t in all_tensors([rest.args, rest.kwargs]))
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch_pruning.dependency import Group
+from torch_pruning.pruner import function
 
 from tp_amp.fused import FusedBlockPruner
 from tp_amp.groups import make_group
@@ -46,6 +47,19 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
 
 
 @contextmanager
+def undone_after_errors(model: nn.Module) -> Iterator[None]:
+    """Whatever stops what cuts a model for good, Ctrl-C too, the model has back what it held."""
+    saved = [
+        (m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        _restore(saved)
+        raise
+
+
+@contextmanager
 def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
     """Let an MLP run with only the channels `keep`, or an attention with those heads, in the block.
 
@@ -55,7 +69,7 @@ def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
     Raises:
         ValueError: no head of an attention is kept.
     """
-    group = site_group(graph, site, _dropped(site, keep))
+    group = _cutting_group(graph, site, _dropped(site, keep))
     saved = _states(graph, site, group)
     required = _required(saved)
     try:
@@ -64,12 +78,7 @@ def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
         _require(required)
         yield
     finally:
-        for module, own, attributes, parameters, buffers in saved:
-            module.__class__ = own
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        _restore(saved)
 
 
 def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
@@ -84,10 +93,29 @@ def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
     drop = _dropped(site, keep)
     if not drop:
         return
-    group = site_group(graph, site, drop)
+    group = _cutting_group(graph, site, drop)
     required = _required(_states(graph, site, group))
     yield group
     _require(required)
+
+
+def _cutting_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
+    group = site_group(graph, site, units)
+    for item in group.items:
+        if item.dep.handler == function.prune_layernorm_out_channels:
+            item.dep.handler = _LayerNormPruner().prune_out_channels
+    return group
+
+
+class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
+    """Cuts in order; Torch-Pruning 1.6.1 leaves the kept channels in the order of a set."""
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+        keep = sorted(set(range(layer.normalized_shape[-1])) - set(idxs))
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            layer._parameters[name] = self._prune_parameter_and_grad(parameter, keep, -1)
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(keep))
+        return layer
 
 
 def _dropped(site: Site, keep: Sequence[int]) -> list[int]:
@@ -107,6 +135,16 @@ def _states(graph: Any, site: Site, group: Group) -> list[_State]:
     if isinstance(site, Attention):
         modules = list(graph.model.get_submodule(site.name).modules())
     return [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+
+
+def _restore(states: list[_State]) -> None:
+    for module, own, attributes, parameters, buffers in states:
+        module.__class__ = own
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        for held, saved in ((module._parameters, parameters), (module._buffers, buffers)):
+            held.clear()
+            held.update(saved)
 
 
 def _required(states: list[_State]) -> list[tuple[nn.Module, str, bool]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp._state import evaluating, hooks, shapes_first
+from tp_amp._state import check_not_compiled, evaluating, hooks, shapes_first
 from tp_amp.batches import Inputs, example, runner
 
 logger = logging.getLogger(__name__)
@@ -60,15 +60,31 @@ class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
     Layers and their couplings are there by then, and that is all that MLPs need.
     """
 
-    def build_dependency(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the graph as TP does."""
+    def build_dependency(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        forward_fn: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Build the graph as TP does; its hooks are taken off the model whatever happens."""
+        before = {module: set(module._forward_hooks) for module in model.modules()}
         try:
-            return super().build_dependency(*args, **kwargs)
+            # TP's own call takes Ctrl-C for a failure, and calls the model in another way.
+            return super().build_dependency(model, example_inputs, forward_fn or _call, **kwargs)
         except (IndexError, TypeError, ZeroDivisionError) as error:
             if not getattr(self, "module2node", None):
                 raise
             logger.info("Torch-Pruning maps no indices on this model (%r); MLPs need none", error)
             return self
+        finally:
+            for module, known in before.items():
+                for key in set(module._forward_hooks) - known:
+                    del module._forward_hooks[key]
+
+
+def _call(model: nn.Module, example_inputs: Any) -> Any:
+    return example(example_inputs).call(model)
 
 
 class PerChannelPruner(function.BasePruningFunc):  # type: ignore[misc]
@@ -140,8 +156,9 @@ def build_graph(
         on_meta_device: whether to try that first.
 
     Raises:
-        ValueError: the model fails on `example_inputs`.
+        ValueError: the model fails on `example_inputs`, or is compiled.
     """
+    check_not_compiled(model)
     if build is None:
         build = partial(TolerantGraph().build_dependency, model, verbose=False)
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():

@@ -153,7 +153,11 @@ def _follow(start: Any) -> _Parts:
             parts.inner += [node] if goes_on else []
         else:
             layers, goes_on = (parts.downs if reads else parts.ups), False
-            layers += [node] if node not in layers else []
+            if node not in layers:
+                layers.append(node)
+                # What else makes the channels it reads is coupled too, and reads those it makes.
+                stack += [(producer, False) for producer in node.inputs] if reads else []
+                stack += [] if reads else [(consumer, True) for consumer in node.outputs]
             if not _is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
                 raise NotAnMLP(f"its channels are coupled to {node._name or node.name}")
         if goes_on:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.attention import read_attentions
-from tp_amp.cutting import Site, cut, site_group
+from tp_amp.cutting import Site, cut, site_group, undone_after_errors
 from tp_amp.graph import TracedGraph, build_graph
 from tp_amp.heads import Attention, HeadTensor
 from tp_amp.mlps import MLP, read_mlps
@@ -127,6 +127,7 @@ class PruningPlan:
         return plan
 
 
+@torch.inference_mode(False)  # parameters made in it could not be trained
 def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None:
     """Cut the MLPs and heads of a dense model to a plan, through Torch-Pruning, in place.
 
@@ -148,9 +149,11 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None
         64
     """
     traced = build_graph(model, example_inputs)
-    for name, site in planned_sites(model, example_inputs, traced, plan).items():
-        for group in cut(traced.graph, site, plan.keep[name]):
-            group.prune()
+    sites = planned_sites(model, example_inputs, traced, plan)
+    with undone_after_errors(model):
+        for name, site in sites.items():
+            for group in cut(traced.graph, site, plan.keep[name]):
+                group.prune()
 
 
 def planned_sites(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp._state import evaluating, seeded, some_values
-from tp_amp.batches import one_image, stream
-from tp_amp.chain import find_chain
+from tp_amp.batches import Inputs, one_image, stream
+from tp_amp.chain import all_tensors, find_chain
 from tp_amp.cutting import Site
 from tp_amp.distributed import RankError
 
@@ -47,6 +47,9 @@ class Prefix:
                 first = one_image(next(passes), 2)
             chain = find_chain(model, first, [site.name for site in sites])
             self.steps = [step.name for step in chain if step.name]
+            self.reset()
+            if self._read_elsewhere(sites, first):
+                self._give_up("what blocks give is read at the model's end too", logging.WARNING)
         self.reset()
 
     def reset(self) -> None:
@@ -87,6 +90,29 @@ class Prefix:
                 raise
             self._give_up("the batches are others each time", logging.WARNING)
             return function()
+
+    def _read_elsewhere(self, sites: Sequence[Site], inputs: Inputs) -> bool:
+        """Whether the model reads what a step gives other than by the next step."""
+        place = max((self._place(site) or 0 for site in sites), default=0)
+        if not place:
+            return False
+        name = self.steps[place - 1]
+        given: list[Any] = []
+        with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
+            with _seen(self.model.get_submodule(name), given.append):
+                output = inputs.call(self.model)
+            if type(given[0]) is not Tensor:
+                return False  # told when they are collected
+            self._given = {name: given}
+            try:
+                with seeded(0), self._replayed(place):
+                    again = inputs.call(self.model)
+            except ValueError:
+                return True
+        values, others = all_tensors(output), all_tensors(again)
+        pairs = zip(values, others, strict=False)
+        same = len(values) == len(others) > 0 and all(torch.equal(a, b) for a, b in pairs)
+        return not same
 
     def _place(self, site: Site) -> int | None:
         name = f"{site.name}."

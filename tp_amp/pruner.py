@@ -248,6 +248,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self._pruned = False
 
+    @torch.inference_mode(False)  # parameters made in inference mode could not be trained
+    def step(self, interactive: bool = False) -> Any:
+        """Search every width and cut, or with `interactive` yield the groups to prune."""
+        return super().step(interactive=interactive)
+
     def _prune(self) -> Iterator[Any]:
         if self._pruned:
             logger.warning("the model was pruned by step() before; nothing more is pruned")
@@ -285,6 +290,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             )
         apply(down, fitted, site.first)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _search(self) -> PruningPlan:
         """Find every width; whatever happens, the model is afterwards as it was."""
@@ -393,9 +399,17 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             # Scored once for each layer, of which the file of the search tells.
             folder = None if self.rescore else self.checkpoint
             self.importance.refresh(self.model, downs, progress=self.progress, checkpoint=folder)
-        elif self.rescore and isinstance(self.importance, ReconstructionImportance):
-            data: Any = self.importance.data
-            self.importance.collect(self.model, data, layers=downs, progress=self.progress)
+        elif (
+            isinstance(self.importance, ReconstructionImportance)
+            and self.importance.data is not None
+        ):
+            # Attention's projections are as wide as they are long: not collected by themselves.
+            layers = {name: self.model.get_submodule(name) for name in downs}
+            known = [self.importance.knows(name, layer) for name, layer in layers.items()]
+            if self.rescore or not all(known):
+                self.importance.collect(
+                    self.model, self.importance.data, layers=downs, progress=self.progress
+                )
         return {site: rank_channels(self.importance, self.DG, site) for site in sites}
 
     def _report(self, site: Site, probes: list[Probe]) -> None:

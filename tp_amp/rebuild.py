@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tp_amp.batches import check_batches, one_image, prepare
 from tp_amp.compensation import RIDGE, Correction, Method
-from tp_amp.cutting import cut
+from tp_amp.cutting import cut, undone_after_errors
 from tp_amp.graph import build_graph
 from tp_amp.plan import PruningPlan, planned_sites
 from tp_amp.recipe import Recipe, apply
 from tp_amp.refit import fit
 
 
+@torch.inference_mode(False)  # parameters made in it could not be trained
 def compensate(
     model: nn.Module,
     plan: PruningPlan,
@@ -77,11 +79,12 @@ def compensate(
     traced = build_graph(model, example_inputs)
     sites = planned_sites(model, example_inputs, traced, plan)
     fitted = fit(traced.graph, list(sites.values()), plan.keep, batches, recipe, progress=progress)
-    for name, site in sites.items():
-        for group in cut(traced.graph, site, plan.keep[name]):
-            group.prune()
-        if name in fitted:
-            apply(model.get_submodule(name), fitted[name], site.first)
-    for name in fitted.keys() - sites.keys():
-        apply(model.get_submodule(name), fitted[name])
+    with undone_after_errors(model):
+        for name, site in sites.items():
+            for group in cut(traced.graph, site, plan.keep[name]):
+                group.prune()
+        # Once all is cut: one site's `down` may be another's `up`, whose corrections have its rows.
+        for name, correction in fitted.items():
+            first = sites[name].first if name in sites else 0
+            apply(model.get_submodule(name), correction, first)
     return fitted

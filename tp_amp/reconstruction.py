@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp._state import fingerprint
+from tp_amp._state import check_finite, fingerprint
 from tp_amp.batches import check_batches
 from tp_amp.groups import group_layers
 from tp_amp.hidden import hidden_moments, in_turns, narrowing_layers
@@ -146,9 +146,10 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             progress: show a progress bar on a terminal.
 
         Raises:
-            ValueError: a layer is none of these, or is never called.
+            ValueError: a layer is none of these, or is never called, or weights are not finite.
             TypeError: `batches` can't be iterated, or not again where that is needed.
         """
+        check_finite(model)
         named = dict(model.named_modules())
         chosen = layers is None
         if layers is None:

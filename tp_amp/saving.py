@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 import tp_amp
 from tp_amp.checkpoint import write_atomically
-from tp_amp.cutting import cut
+from tp_amp.cutting import cut, undone_after_errors
 from tp_amp.graph import TolerantGraph, per_channel_pruners
 from tp_amp.plan import PruningPlan, check_kept
 
@@ -96,6 +96,7 @@ def save_pruned(
     write_atomically(folder / PLAN, lambda path: path.write_text(plan.to_json()))
 
 
+@torch.inference_mode(False)  # parameters made in it could not be trained
 def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan:
     """Cut a freshly built dense model to a saved plan and load the weights, in place.
 
@@ -109,8 +110,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
         The plan.
 
     Raises:
-        ValueError: files are missing or damaged, or the model is another; it is then as it was,
-            but for the cut where only the weights don't fit.
+        ValueError: files are missing or damaged, or the model is another; it is then as it was.
 
     Example:
         See `save_pruned`.
@@ -138,11 +138,11 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
     graph._module2name = {module: name for name, module in model.named_modules()}
     for kind, pruner in per_channel_pruners(model).items():
         graph.register_customized_layer(kind, pruner)
-    with torch.no_grad():
+    with torch.no_grad(), undone_after_errors(model):
         for down, kept in plan.keep.items():
             for group in cut(graph, plan.sites[down], kept):
                 group.prune(record_history=False)
-    _load(model, folder / WEIGHTS)
+        _load(model, folder / WEIGHTS)
     return plan
 
 
@@ -167,7 +167,7 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
     try:
         source = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} does not fit the model or is damaged: {error}") from error
     model = build_dense(source, folder)
     if source.get("dtype"):
         model.to(getattr(torch, source["dtype"]))
@@ -232,21 +232,45 @@ def _width(model: nn.Module, down: str) -> int:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Load strictly; a bias that compensation added is made first."""
-    from safetensors import safe_open
+    """Load strictly; a bias that compensation added is made first.
 
+    safetensors' own `load_model` fails on batch norms that are called under two names.
+    """
     try:
-        with safe_open(str(path), "pt") as file:
-            names = set(file.keys())
-        for name, module in model.named_modules():
-            layer: Any = module
-            own = layer._parameters
-            if (
-                f"{name}.bias" in names
-                and own.get("weight") is not None
-                and own.get("bias") is None
-            ):
-                own["bias"] = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
-        load_model(model, str(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
+        stored = load_file(str(path))
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} does not fit the model or is damaged: {error}") from error
+    for name, module in model.named_modules():
+        layer: Any = module
+        own = layer._parameters
+        added = f"{name}.bias" in stored and own.get("weight") is not None
+        if added and own.get("bias") is None:
+            own["bias"] = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    # One tensor under several names is stored once, unless compensation gave each its own values.
+    names: dict[Any, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        known = tensor.numel() > 0 and not tensor.is_meta
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if known else id(tensor)
+        names.setdefault(place, []).append(name)
+    for same in names.values():
+        held = [name for name in same if name in stored]
+        for name in held[1:]:
+            parent, _, leaf = name.rpartition(".")
+            parameters = model.get_submodule(parent)._parameters
+            if parameters.get(leaf) is not None:
+                parameters[leaf] = nn.Parameter(parameters[leaf].detach().clone())  # type: ignore[union-attr]
+        stored |= {name: stored[held[0]] for name in same if held and name not in held}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    wrong = sorted(n for n in expected.keys() | found if expected.get(n) != found.get(n))
+    if wrong:
+        there, here = (_shape(shapes.get(wrong[0])) for shapes in (found, expected))
+        raise ValueError(
+            f"{path} does not fit the model or is damaged: {wrong[0]} is {there} in the file, "
+            f"{here} in the model ({len(wrong)} such)"
+        )
+    model.load_state_dict(stored)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
