@@ -24,7 +24,7 @@ from tp_amp.budget import Budget
 from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.compensation import Correction, Method
 from tp_amp.cutting import Site, cut
-from tp_amp.distributed import active, check_same_weights, together
+from tp_amp.distributed import check_same_weights, together
 from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
@@ -32,6 +32,7 @@ from tp_amp.mlps import MLP, read_mlps
 from tp_amp.objectives import Objective, mean_objective, resolve_on
 from tp_amp.plan import PruningPlan, rank_channels
 from tp_amp.prefix import Prefix
+from tp_amp.pruner_checks import check_data, check_numbers, without_ignored
 from tp_amp.recipe import Recipe, apply
 from tp_amp.reconstruction import ReconstructionImportance
 from tp_amp.refit import fit
@@ -168,26 +169,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         unwrapped_parameters: list[Any] | None = None,
         customized_pruners: dict[Any, Any] | None = None,
     ) -> None:
-        _check_arguments(max_increase, steps, round_to, min_width, max_pruning_ratio)
-        if error_probability is not None and not 0 < error_probability < 0.5:
-            raise ValueError(
-                f"error_probability must lie between 0 and 0.5, found {error_probability}"
-            )
-        if error_probability is not None and active():
-            raise ValueError(
-                "error_probability is for one process; on several, every probe runs all images"
-            )
-        check_batches(calibration, repeatable=True)
-        if getattr(importance, "data", None) is calibration:
-            raise ValueError(
-                "the importance scores on the calibration batches; pass other images for the "
-                "search (tp_amp.split_batches splits a loader in two)"
-            )
-        own = (EntropyTaylorImportance, ReconstructionImportance)
-        if rescore and isinstance(importance, own) and importance.data is None:
-            raise ValueError(
-                f"rescore=True needs {type(importance).__name__}(data=...) to score again"
-            )
+        check_numbers(
+            max_increase, steps, round_to, min_width, max_pruning_ratio, error_probability
+        )
+        check_data(importance, calibration, rescore)
         self.recipe = compensation if isinstance(compensation, Recipe) else Recipe(compensation)
         if compensation_data is not None:
             check_batches(compensation_data, repeatable=True)
@@ -225,11 +210,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         # The parameters that the script names must be the ones in the graph.
         meta = not unwrapped_parameters
         traced = build_graph(model, example_inputs, build, forward_fn, on_meta_device=meta)
-        self.mlps = _without_ignored(model, read_mlps(model, traced), self.ignored_layers)
+        self.mlps = without_ignored(model, read_mlps(model, traced), self.ignored_layers)
         self.attentions: list[Attention] = []
         if prune_num_heads:
             found = find_attentions(model, example_inputs, forward_fn)
-            self.attentions = _without_ignored(model, found, self.ignored_layers)
+            self.attentions = without_ignored(model, found, self.ignored_layers)
         # In the order of the search.
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
         self.budget: Budget | None = None
@@ -433,35 +418,3 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 self._minimum(site),
                 self.max_increase,
             )
-
-
-def _check_arguments(
-    max_increase: float, steps: int, round_to: int, min_width: int, max_pruning_ratio: float
-) -> None:
-    if not (math.isfinite(max_increase) and max_increase >= 0):
-        raise ValueError(
-            f"max_increase must be a finite number of nats, zero or more, found {max_increase}"
-        )
-    for name, value in {"steps": steps, "round_to": round_to, "min_width": min_width}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
-    if not 0 < max_pruning_ratio <= 1:
-        raise ValueError(
-            f"max_pruning_ratio must be a fraction above 0, 1 at most, found {max_pruning_ratio}"
-        )
-
-
-def _without_ignored(model: nn.Module, sites: list[Any], ignored: list[nn.Module]) -> list[Any]:
-    left = []
-    if not sites:
-        raise ValueError(
-            f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer why"
-        )
-    for site in sites:
-        if any(model.get_submodule(name) in ignored for name in (*site.up, site.down)):
-            logger.info("%s is not pruned: it is among the ignored layers", site.name)
-        else:
-            left.append(site)
-    if not left:
-        raise ValueError(f"all {len(sites)} {type(sites[0]).__name__}s are ignored layers")
-    return left
