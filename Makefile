@@ -17,9 +17,11 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# One process for each of two cores, each with one thread: models in tests are small.
+# One process for each of two cores, each with one thread: models in tests are small. What compares
+# speeds runs alone.
 unit: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m timing
 
 # From the docstrings and tp_amp/docs, without the network; a warning is an error.
 docs: $(VENV)/installed

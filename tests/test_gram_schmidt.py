@@ -203,7 +203,7 @@ def test_bad_weights_are_named() -> None:
             tp_amp.gram_schmidt_order(torch.ones(2, 2), count)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_ten_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
     """Both in float64, in CPU seconds of one thread; the two take turns on a noisy machine."""
     weight, ratios = random(3072, 768), []
@@ -222,7 +222,7 @@ def test_ten_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
     assert max(ratios) > 10
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_largest_layer_takes_under_a_minute_and_two_gigabytes() -> None:
     """EVA-CLIP-E's up layer, in a process of its own for its peak memory."""
     code = (

@@ -108,7 +108,7 @@ def half(model: nn.Module, inputs: Tensor) -> tp_amp.PruningPlan:
     return tp_amp.PruningPlan({mlp.down: list(range(mlp.width // 2)) for mlp in mlps})
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("name", ["vit_large_patch16_224", "swin_base_patch4_window7_224"])
 def test_finding_and_cutting_takes_a_third_of_constructing_metapruner(name: str) -> None:
     """The two take turns, since a neighbour slows the caches down for a while."""
@@ -122,7 +122,7 @@ def test_finding_and_cutting_takes_a_third_of_constructing_metapruner(name: str)
     assert min(ratios) < 1 / 3
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_time_grows_with_depth_no_faster_than_linearly() -> None:
     inputs = torch.randn(1, 3, 224, 224)
     models = {

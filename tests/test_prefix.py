@@ -139,7 +139,7 @@ def test_forward_passes_are_given_back_after_an_error() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_takes_at_most_six_tenths_of_the_time() -> None:
     torch.manual_seed(0)
     model = timm.create_model(

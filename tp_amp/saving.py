@@ -167,7 +167,7 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
     try:
         source = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} does not fit the model or is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}); save the model again") from error
     model = build_dense(source, folder)
     if source.get("dtype"):
         model.to(getattr(torch, source["dtype"]))
