@@ -76,8 +76,10 @@ def _keeps_channels(operation: Any, node: Any, width: int, ratio: int) -> bool:
     if name in _ELEMENT_WISE:
         return True
     if name in ("View", "UnsafeView", "ReshapeAlias"):  # of leading dimensions alone
-        before, after = backward._saved_self_sym_sizes, backward._input_metadata[0].shape
-        return int(before[-1]) == int(after[-1]) and int(after[-1]) in (width, ratio * width)
+        given = getattr(backward, "_input_metadata", None)  # torch 2.4 has none: gradients decide
+        before = int(backward._saved_self_sym_sizes[-1])
+        same = given is not None and int(given[0].shape[-1]) == before
+        return same and before in (width, ratio * width)
     if name == "Split":  # halves of packed rows, in whole parts
         last = len(backward._saved_self_sym_sizes) - 1
         dimension = backward._saved_dim
