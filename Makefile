@@ -21,7 +21,9 @@ types: $(VENV)/installed
 # speeds runs alone.
 unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m timing
+	for file in $$(grep -l "mark.timing" tests/*.py); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$file -m timing || exit 1; \
+	done
 
 # From the docstrings and tp_amp/docs, without the network; a warning is an error.
 docs: $(VENV)/installed
