@@ -227,3 +227,13 @@ def test_precision_and_timm_arguments_come_back(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no source\.json; it is no folder of save_pruned"):
         tp_amp.create_model(tmp_path)
+
+
+def test_a_plan_with_a_list_for_a_number_is_refused(saved: Path) -> None:
+    """Found by damaging folders at random."""
+    path = saved / "plan.json"
+    text = path.read_text()
+    assert '"first": 0' in text
+    path.write_text(text.replace('"first": 0', '"first": [0]', 1))
+    with pytest.raises(ValueError, match=r"expected an integer, found \(0,\)"):
+        tp_amp.load_pruned(vit(), saved)

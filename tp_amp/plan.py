@@ -293,6 +293,8 @@ def from_record(record: dict[str, Any]) -> Site:
     """Read a site that `to_record` wrote."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     del values["kind"]
+    for name in {"width", "packed", "first", "head_width"} & values.keys():
+        _index(values[name])
     if record["kind"] == "MLP":
         return MLP(**values)
     values["tensors"] = tuple(HeadTensor(**tensor) for tensor in values["tensors"])
