@@ -36,6 +36,14 @@ def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def load_test(data: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Draw test images, always the same ones, normalised, with their labels; all of them for 0."""
+    images, labels = load_split(data, "test")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    picked = order[: count or None]
+    return normalize(images[picked]), labels[picked]
+
+
 def normalize(images: Tensor) -> Tensor:
     """Turn uint8 images `(images, 3, height, width)` into standardised float32."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)

@@ -14,20 +14,18 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import load_split, normalize
+from cifar import load_split, load_test
 from compensation_report import plot, report
 from importances import Batches, all_criteria
 from measuring import Bench, draw_batches
 from reference import (
     ARCHITECTURES,
-    CHECKPOINTS,
-    RESULTS,
     accuracy,
     load_reference,
+    reference_parser,
     versions,
     write_json,
 )
@@ -158,11 +156,8 @@ def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namesp
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reference_parser(__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.15])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512, help="unlabelled training images")
@@ -179,11 +174,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure, print and write."""
     options = parse(arguments)
-    train, (images, labels) = (load_split(options.data, split) for split in ("train", "test"))
-    count = options.test_images or len(labels)
-    picked = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+    train = load_split(options.data, "train")
+    images, labels = load_test(options.data, options.test_images)
     model = load_reference(options.model, options.checkpoints)
-    bench = Bench(model, normalize(images[picked]), labels[picked])
+    bench = Bench(model, images, labels)
     dense = {mlp.down: list(range(mlp.width)) for mlp in bench.mlps}
     record: dict[str, Any] = {
         "model": options.model,

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import load_split, normalize
+from cifar import load_split, load_test
 from criteria_plot import plot
 from criteria_report import NOTES, report
 from importances import Batches, all_criteria, collect_entropy
 from measuring import Bench, draw_batches
-from reference import ARCHITECTURES, CHECKPOINTS, RESULTS, load_reference, versions, write_json
+from reference import (
+    ARCHITECTURES,
+    load_reference,
+    reference_parser,
+    versions,
+    write_json,
+)
 from tqdm import tqdm
 
 import tp_amp
@@ -126,11 +131,8 @@ def gather_equal(runs: list[dict[str, Any]], options: argparse.Namespace) -> dic
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reference_parser(__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
     parser.add_argument(
         "--fractions", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
     )
@@ -148,11 +150,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure, print and write."""
     options = parse(arguments)
-    train, (images, labels) = (load_split(options.data, split) for split in ("train", "test"))
-    count = options.test_images or len(labels)
-    picked = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+    train = load_split(options.data, "train")
+    images, labels = load_test(options.data, options.test_images)
     model = load_reference(options.model, options.checkpoints).to(options.device)
-    bench = Bench(model, normalize(images[picked]), labels[picked])
+    bench = Bench(model, images, labels)
     runs = []
     for seed in options.seeds:
         sets = draw_batches(train, (options.images, options.search_images), seed, options.device)

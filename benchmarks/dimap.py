@@ -19,10 +19,9 @@ import torch
 from cifar import load_split, normalize
 from reference import (
     ARCHITECTURES,
-    CHECKPOINTS,
-    RESULTS,
     accuracy,
     load_reference,
+    reference_parser,
     spread,
     table,
     versions,
@@ -191,10 +190,7 @@ def lead(methods: dict[str, Any], name: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
+    parser = reference_parser(__doc__)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.525])
     parser.add_argument("--draws", type=int, default=3, help="disjoint sets of test images")

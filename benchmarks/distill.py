@@ -15,22 +15,20 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm.layers
 import torch
 import torch_pruning as tp
 from accelerate import Accelerator
-from cifar import load_split, normalize
+from cifar import load_split, load_test, normalize
 from importances import Batches, collect_entropy
 from measuring import draw_batches
 from reference import (
     ARCHITECTURES,
-    CHECKPOINTS,
-    RESULTS,
     accuracy,
     load_reference,
+    reference_parser,
     table,
     versions,
     write_json,
@@ -109,11 +107,8 @@ def report(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = reference_parser(__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--kept", type=float, default=0.5, help="share of every MLP")
     parser.add_argument("--images", type=int, default=512, help="that score and compensate")
     parser.add_argument("--train-images", type=int, default=0, help="to distill on; 0 for all")
@@ -132,10 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     # On a CPU, backward through fused attention takes longer than the rest of the step.
     timm.layers.set_fused_attn(torch.cuda.is_available())
-    train, (images, labels) = (load_split(options.data, split) for split in ("train", "test"))
-    count = options.test_images or len(labels)
-    picked = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
-    images, labels = normalize(images[picked]), labels[picked]
+    train = load_split(options.data, "train")
+    images, labels = load_test(options.data, options.test_images)
     dense = load_reference(options.model, options.checkpoints)
     batches = draw_batches(train, (options.images,), options.seed, "cpu")[0]
     unlabelled = train[0][: options.train_images or None]

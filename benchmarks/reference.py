@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -37,6 +38,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+def reference_parser(documentation: str) -> argparse.ArgumentParser:
+    """The arguments that benchmarks on the reference models share."""
+    parser = argparse.ArgumentParser(description=documentation.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    return parser
 
 
 def build_reference(model: str) -> nn.Module:

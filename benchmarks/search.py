@@ -15,16 +15,14 @@ import argparse
 import copy
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from cifar import load_split, normalize
 from reference import (
     ARCHITECTURES,
-    CHECKPOINTS,
-    RESULTS,
     load_reference,
+    reference_parser,
     table,
     versions,
     write_json,
@@ -120,8 +118,7 @@ def report(record: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser = reference_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--scoring", type=int, default=256, help="images")
     parser.add_argument("--images", type=int, default=256, help="of the search")
@@ -129,8 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-increase", type=float, default=1e-2)
     parser.add_argument("--error-probability", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     settings = ("scoring", "images", "batch_size", "max_increase", "seed")
