@@ -3,7 +3,8 @@
     python benchmarks/distill.py --model vit --data path/to/cifar10
 
 Every MLP of the reference model is cut to half: by AMP's label-free criterion, by it with
-compensation, and by Torch-Pruning's magnitude. Each is then distilled from the dense model alike,
+compensation, and by Torch-Pruning's magnitude; beside them tp_amp's own widths with as many
+parameters, every Linear compensated. Each is then distilled from the dense model alike,
 on cropped and flipped training images without labels. Writes results/distill.json, which keeps
 what it holds of the other model. `--data` is as for train_reference.py.
 """
@@ -38,7 +39,8 @@ from train_reference import augment
 
 import tp_amp
 
-ROWS = ("EntropyTaylor", "Magnitude L2", "EntropyTaylor + affine")
+OWN = "plan_for_target + affine, every Linear"
+ROWS = ("EntropyTaylor", "Magnitude L2", "EntropyTaylor + affine", OWN)
 
 
 class Augmented:
@@ -64,7 +66,14 @@ def pruned(row: str, dense: nn.Module, batches: Batches, kept: float) -> nn.Modu
     else:
         importance = collect_entropy("prediction", model, batches)
     plan = tp_amp.plan_from_importance(model, example, importance, kept)
-    if row.endswith("affine"):
+    if row == OWN:  # widths of its own, at the same number of parameters
+        at_same_size = copy.deepcopy(dense)
+        tp_amp.apply_plan(at_same_size, example, plan)
+        importance = tp_amp.ReconstructionImportance("prediction", data=batches)
+        target = {"params": sum(p.numel() for p in at_same_size.parameters())}
+        plan = tp_amp.plan_for_target(model, example, importance, target)
+        tp_amp.compensate(model, plan, batches, every_linear=True, progress=False)
+    elif row.endswith("affine"):
         tp_amp.compensate(model, plan, batches, progress=False)
     else:
         tp_amp.apply_plan(model, example, plan)
@@ -113,6 +122,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=512, help="that score and compensate")
     parser.add_argument("--train-images", type=int, default=0, help="to distill on; 0 for all")
     parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="for 256 images")
@@ -141,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dense": accuracy(dense, images, labels, 64),
         "rows": {},
     }
-    for row in ROWS:
+    for row in options.rows:
         model = pruned(row, dense, batches, options.kept)
         before = accuracy(model, images, labels, 64)
         seconds = distilled(model, dense, unlabelled, options)

@@ -68,8 +68,8 @@ def test_batch_without_weight_changes_nothing() -> None:
 
 def test_wrong_number_of_weights_raises() -> None:
     x, r = data()
-    with pytest.raises(ValueError, match="59 weights for 60 tokens"):
-        Moments().add(x, r, torch.ones(59))
+    with pytest.raises(ValueError, match="head: found 59 weights for 60 tokens"):
+        Moments("head").add(x, r, torch.ones(59))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -356,7 +356,7 @@ def test_wrong_token_weights_raise_and_leave_the_model() -> None:
     model, tokens, keep = tokenwise()
     before = fingerprint(model)
     for weights, message in (
-        (torch.ones(30, 7), "210 weights for 240 tokens"),
+        (torch.ones(30, 7), "blocks.0.second: found 210 weights for 240 tokens"),
         (torch.zeros(30, 8), "no tokens"),
     ):
         with pytest.raises(ValueError, match=message):

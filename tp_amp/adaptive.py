@@ -302,7 +302,7 @@ class Compensator:
 
     def _hidden(self, site: Site, down: nn.Module) -> Moments:
         if self._moments is None or self._moments[0] != site.down:
-            moments = Moments()
+            moments = Moments(site.down)
             for (values, _), weights in self._calls(site, down):
                 hidden = values[:, site.first : site.first + site.width]
                 moments.add(hidden, hidden[:, :0], weights)
@@ -312,7 +312,7 @@ class Compensator:
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
         if self._targets is None or self._targets[0] != site.down:
             self._targets = site.down, [output for (_, output), _ in self._calls(site, down)]
-        moments = Moments()
+        moments = Moments(site.down)
         with narrowed(self.graph, site, kept):
             calls = self._calls(site, down)
             for target, ((hidden, output), weights) in zip(self._targets[1], calls, strict=True):

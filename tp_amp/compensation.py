@@ -29,6 +29,9 @@ class Moments:
     r is what the layer should have given minus what it gives. All sums are in float64, so batches
     may be of any size, and no activation is kept.
 
+    Args:
+        name: module path of the layer, for errors.
+
     Attributes:
         count: number of tokens, or the sum of their weights.
         mean_inputs: `(inputs,)`; `mean_residuals`: `(outputs,)`.
@@ -42,7 +45,8 @@ class Moments:
         torch.Size([2, 3])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.count = 0.0
         self.tokens = 0
         self.squares = 0.0
@@ -54,7 +58,10 @@ class Moments:
             ValueError: the weights are not one for each token.
         """
         if weights is not None and weights.shape != (len(inputs),):
-            raise ValueError(f"found {weights.numel()} weights for {len(inputs)} tokens")
+            raise ValueError(
+                f"{self.name}: found {weights.numel()} weights for {len(inputs)} tokens; "
+                "token_weights must give one for each token that the layer reads"
+            )
         if weights is not None:  # what padding holds must not matter, be it NaN
             seen = weights > 0
             inputs, residuals, weights = inputs[seen], residuals[seen], weights[seen]
@@ -110,7 +117,7 @@ class Moments:
         index = torch.as_tensor(keep, device=weight.device)
         dropped[index] = False
         lost = weight[:, dropped]
-        cut = Moments()
+        cut = Moments(self.name)
         cut.count, cut.tokens = self.count, self.tokens
         cut.mean_inputs, cut.inputs = self.mean_inputs[index], self.inputs[index][:, index]
         cut.mean_residuals = lost @ self.mean_inputs[dropped]

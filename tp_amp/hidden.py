@@ -29,7 +29,7 @@ def hidden_moments(
     Raises:
         ValueError: a layer is never called.
     """
-    moments: dict[str, Moments] = {name: Moments() for name in layers}
+    moments: dict[str, Moments] = {name: Moments(name) for name in layers}
 
     def watch(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:

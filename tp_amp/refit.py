@@ -141,7 +141,7 @@ class _Walk:
     def _fit(
         self, layer: _Layer, module: nn.Module, step: Step, targets: list[Tensor]
     ) -> Correction:
-        moments = Moments()
+        moments = Moments(layer.name)
         for state, target, weights in zip(self.cut, targets, self.weights, strict=True):
             (hidden, output), _ = watch(
                 module, self.model, layer.name, _inputs(step, state), stop=True
