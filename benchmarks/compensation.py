@@ -3,9 +3,10 @@
     python benchmarks/compensation.py --model vit --data path/to/cifar10
 
 Every criterion ranks the dense model; every MLP is cut to the same share of its channels, with and
-without compensation fitted on the images that scored. Beside them: tp_amp's widths by foreseen loss
-at the same number of parameters, and the recipes of others, from their formulas. Writes
-results/compensation_<model>.json and .png after every seed. `--data` is as for train_reference.py.
+without compensation fitted on the images that scored, and with it to tp_amp's own widths, by
+foreseen loss at the same number of parameters. Beside them: every Linear compensated, and the
+recipes of others, from their formulas. Writes results/compensation_<model>.json and .png after
+every seed. `--data` is as for train_reference.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from tp_amp.recipe import apply
 
 # Those whose order at one layer is that of another, or that sees the last image only, are left out.
 LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")
+FRACTIONS = [0.9, 0.7, 0.5, 0.3, 0.15, 0.1]
+FULLEST = "Reconstruction, own widths + affine, every Linear"
+WEIGHED = f"{FULLEST}, sensitivity"  # of the tokens
 Orders = dict[str, list[int]]
 
 
@@ -71,12 +75,18 @@ class Comparison:
     def rows(self, fraction: float, recipes: Sequence[str]) -> dict[str, float]:
         """Accuracy of every recipe, or of some, with that fraction of the MLPs kept."""
         widths = self.bench.widths(fraction)
+        own = self.planned_widths(self.bench.size(widths)["parameters"])
         found: dict[str, Callable[[], float]] = {}
         for name in [*(n for n in self.criteria if n not in LEFT_OUT), "Reconstruction"]:
             found[name] = lambda name=name: self.bench.accuracy(self.order(name), widths)
-            found[f"{name} + affine"] = lambda name=name: self.compensated(
-                self.order(name), widths, "affine"
-            )
+            for kind, method, chosen in (
+                (name, "mean", widths),
+                (name, "affine", widths),
+                (f"{name}, own widths", "affine", own),
+            ):
+                found[f"{kind} + {method}"] = lambda n=name, m=method, w=chosen: self.compensated(
+                    self.order(n), w, m
+                )
         for name, order, method in (
             ("VBP: variance + mean", lambda: self.variance, "mean"),
             ("FLAP: variance and norm + mean", lambda: self.flap, "mean"),
@@ -84,16 +94,9 @@ class Comparison:
             ("CORP: magnitude + affine at once", lambda: self.order("DIMAP"), "affine"),
         ):
             found[name] = lambda o=order, m=method: self.one_shot(o(), widths, m)
-        for name, method, every in (
-            ("Reconstruction, own widths + mean", "mean", False),
-            ("Reconstruction, own widths + affine", "affine", False),
-            ("Reconstruction, own widths + affine, every Linear", "affine", True),
-        ):
-            found[name] = lambda m=method, every=every: self.compensated(
-                self.orders["Reconstruction"],
-                self.planned_widths(self.bench.size(widths)["parameters"]),
-                m,
-                every,
+        for name, weights in ((FULLEST, None), (WEIGHED, "sensitivity")):
+            found[name] = lambda w=weights: self.compensated(
+                self.orders["Reconstruction"], own, "affine", every_linear=True, token_weights=w
             )
         unknown = set(recipes) - set(found)
         if unknown:
@@ -108,15 +111,13 @@ class Comparison:
         return plan.widths
 
     def compensated(
-        self, order: Orders, widths: dict[str, int], method: Any, every_linear: bool = False
+        self, order: Orders, widths: dict[str, int], method: Any, **options: Any
     ) -> float:
         """Test accuracy with tp_amp's compensation."""
         keep = {name: sorted(order[name][:width]) for name, width in widths.items()}
         model = copy.deepcopy(self.bench.model)
         plan = tp_amp.PruningPlan(keep)
-        tp_amp.compensate(
-            model, plan, self.batches, method=method, every_linear=every_linear, progress=False
-        )
+        tp_amp.compensate(model, plan, self.batches, method=method, progress=False, **options)
         return accuracy(model, self.bench.images, self.bench.labels, 64)
 
     def one_shot(self, order: Orders, widths: dict[str, int], method: str) -> float:
@@ -140,32 +141,30 @@ def descending(scores: torch.Tensor) -> list[int]:
 
 
 def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namespace) -> Any:
-    """Accuracy of tp_amp's fullest recipe by the number of unlabelled images, one seed."""
-    found: dict[str, dict[str, float]] = {}
+    """Accuracy of tp_amp's fullest recipes by the number of unlabelled images, one seed."""
+    found: dict[str, dict[str, dict[str, float]]] = {FULLEST: {}, WEIGHED: {}}
     for count in tqdm(options.counts, desc="images", disable=None):
         comparison = Comparison(bench, draw(count), 0, min(count, options.hessian_images))
-        order = comparison.orders["Reconstruction"]
-        found[str(count)] = {}
-        for fraction in options.sweep_at:
-            size = bench.size(bench.widths(fraction))["parameters"]
-            own = comparison.planned_widths(size)
-            found[str(count)][str(fraction)] = comparison.compensated(
-                order, own, "affine", every_linear=True
-            )
+        for name, by_count in found.items():
+            by_count[str(count)] = {
+                str(fraction): comparison.rows(fraction, [name])[name]
+                for fraction in options.sweep_at
+            }
     return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = reference_parser(__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), required=True)
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.15])
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512, help="unlabelled training images")
     parser.add_argument("--hessian-images", type=int, default=128, help="of these, for Hessian")
-    parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048])
+    parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048, 8192])
     parser.add_argument("--sweep-at", type=float, nargs="+", default=[0.5, 0.3, 0.15])
+    parser.add_argument("--recipes", nargs="+", default=[], help="measure these alone")
     parser.add_argument(
-        "--recipes", nargs="+", default=[], help="measure these alone; an earlier result's stay"
+        "--add", action="store_true", help="keep what an earlier result holds beside this"
     )
     parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
     return parser.parse_args(arguments)
@@ -187,27 +186,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "accuracy": bench.accuracy(dense, bench.widths(1)),
             **bench.size(bench.widths(1)),
         },
-        "sizes": {str(f): bench.size(bench.widths(f)) for f in options.fractions},
-        "accuracy": {str(f): {} for f in options.fractions},
+        "sizes": {},
+        "accuracy": {},
     }
+    path = options.output / f"compensation_{options.model}.json"
+    if options.add and path.exists():
+        record = {**json.loads(path.read_text()), "versions": record["versions"]}
+    for fraction in options.fractions:
+        record["sizes"][str(fraction)] = bench.size(bench.widths(fraction))
+        record["accuracy"].setdefault(str(fraction), {})
+    for part in ("sizes", "accuracy"):
+        record[part] = dict(sorted(record[part].items(), key=lambda x: -float(x[0])))
 
     def draw(count: int, seed: int = 0) -> Batches:
         return draw_batches(train, (count,), seed, "cpu")[0]
 
-    path = options.output / f"compensation_{options.model}.json"
-    if options.recipes and path.exists():
-        earlier = json.loads(path.read_text())
-        kept = {f: dict(earlier["accuracy"][f]) for f in record["accuracy"]}
-        for name in options.recipes:
-            for rows in kept.values():
-                rows.pop(name, None)
-        record = {**earlier, "versions": record["versions"], "accuracy": kept}
-    for seed in options.seeds:
+    for place, seed in enumerate(options.seeds):
         comparison = Comparison(bench, draw(options.images, seed), seed, options.hessian_images)
         for fraction in tqdm(options.fractions, desc=f"seed {seed}", disable=None):
             for name, value in comparison.rows(fraction, options.recipes).items():
-                record["accuracy"][str(fraction)].setdefault(name, []).append(value)
-        record["configuration"]["seeds"] = options.seeds[: options.seeds.index(seed) + 1]
+                rows = record["accuracy"][str(fraction)]
+                rows[name] = [*(rows[name] if place else []), value]
         write(record, options)
     if options.counts:
         record["images"] = sweep(bench, draw, options)

@@ -26,25 +26,23 @@ CURVES = {
 def report(record: dict[str, Any]) -> str:
     """What a person reads: accuracies in percent, mean and standard deviation over the seeds."""
     fractions = record["accuracy"]
-    names = list(next(iter(fractions.values())))
-    best = sorted(names, key=lambda name: -mean(fractions[list(fractions)[-1]][name]))
-    rows = [[name, *(spread(values[name]) for values in fractions.values())] for name in best]
+    names = dict.fromkeys(name for values in fractions.values() for name in values)
+    last = list(fractions.values())[-1]
+    best = sorted(names, key=lambda name: -mean(last.get(name, [0])))
+    rows = [
+        [name, *(spread(values[name]) if name in values else "" for values in fractions.values())]
+        for name in best
+    ]
     dense = 100 * record["dense"]["accuracy"]
     parts = [
         f"{record['model']}: dense {dense:.1f} %. Test accuracy (%) by the share of the MLPs kept, "
         "no labels but for Taylor and Hessian, no fine-tuning:\n"
         + table(["recipe", *fractions], rows)
     ]
-    if "images" in record:
-        counts = record["images"]
+    for name, counts in record.get("images", {}).items():
         kept = list(next(iter(counts.values())))
-        parts.append(
-            "Own widths + affine, every Linear, by the number of unlabelled images:\n"
-            + table(
-                ["images", *kept],
-                [[n, *(f"{100 * found[k]:.1f}" for k in kept)] for n, found in counts.items()],
-            )
-        )
+        rows = [[n, *(f"{100 * found[k]:.1f}" for k in kept)] for n, found in counts.items()]
+        parts.append(f"{name}, by unlabelled images:\n" + table(["images", *kept], rows))
     return "\n\n".join(parts)
 
 
@@ -53,12 +51,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(100 * record["dense"]["accuracy"], color="#666666", linewidth=0.8, label="dense")
-    kept = [100 * size["kept"] for size in record["sizes"].values()]
     for name, (colour, marker, line) in CURVES.items():
-        means = [100 * mean(values[name]) for values in record["accuracy"].values()]
+        means = {f: 100 * mean(x[name]) for f, x in record["accuracy"].items() if name in x}
         axes.plot(
-            kept,
-            means,
+            [100 * record["sizes"][fraction]["kept"] for fraction in means],
+            list(means.values()),
             color=colour,
             marker=marker,
             linestyle=line,

@@ -267,6 +267,7 @@ def test_sound_ridge_is_kept_and_not_logged(caplog: pytest.LogCaptureFixture) ->
         ({"method": None}, "compensation must be one of"),
         ({"ridge": -1e-9}, "ridge must be zero or more, found -1e-09"),
         ({"ridge": float("nan")}, "ridge must be zero or more, found nan"),
+        ({"token_weights": "cls"}, "token_weights must be .*, found 'cls'"),
     ],
 )
 def test_bad_recipe_raises(arguments: dict[str, object], message: str) -> None:

@@ -22,8 +22,9 @@ from toys import images, relative, toy
 
 import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance, ReconstructionImportance
+from tp_amp.batches import prepare
 from tp_amp.objectives import Objective, mean_objective
-from tp_amp.sensitivity import output_sensitivity
+from tp_amp.sensitivity import output_sensitivity, place_sensitivity
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +116,8 @@ def sound(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["errors"] = ReconstructionImportance(None).collect(model, own, progress=False).errors
     names = ["blocks.0.mlp.second"]
     found["sensitivity"] = output_sensitivity(model, names, own, Objective(mean_square))
+    inputs = [prepare(batch, model) for batch in own]
+    found["places"] = place_sensitivity(model, names, inputs, Objective(mean_square))
     return found
 
 
@@ -305,7 +308,7 @@ def test_moments_and_sensitivities_are_those_of_one_process(
     ranks: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
     for found in ranks:
-        for what in ("errors", "sensitivity"):
+        for what in ("errors", "sensitivity", "places"):
             for name, values in alone[what].items():
                 assert relative(found[what][name], values) < 1e-5
                 assert torch.equal(found[what][name], ranks[0][what][name])

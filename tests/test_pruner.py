@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from typing import Any
 
 import open_clip
 import pytest
@@ -514,16 +515,18 @@ def test_compensation_is_that_of_compensate(step: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_recipe_reaches_layers_that_are_not_cut() -> None:
+@pytest.mark.parametrize("token_weights", [None, "sensitivity"])
+def test_the_recipe_reaches_layers_that_are_not_cut(token_weights: Any) -> None:
     """What comes out is the plan applied and compensated by hand, every Linear included."""
     model, fitting = toy(), [images(40, seed=5)]
     expected = copy.deepcopy(model)
-    recipe = tp_amp.Recipe("affine", every_linear=True)
+    recipe = tp_amp.Recipe("affine", every_linear=True, token_weights=token_weights)
     pruner = pruner_of(model, max_increase=1.0, compensation=recipe, compensation_data=fitting)
     pruner.step()
     further = pruner.corrections.keys() - pruner.plan.keep.keys()
     assert further
-    tp_amp.compensate(expected, pruner.plan, fitting, progress=False, every_linear=True)
+    options = {"every_linear": True, "token_weights": token_weights}
+    tp_amp.compensate(expected, pruner.plan, fitting, progress=False, **options)
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -17,7 +17,10 @@ from zoo import TIMM, open_clip_models
 
 import tp_amp
 from tp_amp import refit
+from tp_amp.batches import prepare
 from tp_amp.chain import Step
+from tp_amp.objectives import Objective
+from tp_amp.sensitivity import place_sensitivity
 
 DOWN = "blocks.0.mlp.second", "blocks.1.mlp.second"
 Keep = dict[str, list[int]]
@@ -350,6 +353,24 @@ def test_token_weights_are_given_the_dict_of_arguments() -> None:
     cut, _ = compensated(model, keep, batches, token_weights=lambda kwargs: kwargs["mask"])
     one, _ = compensated(model, keep, [tokens[mask][:, None]])
     assert same_weights(cut, one, 1e-5)
+
+
+def test_tokens_weigh_what_their_places_cost() -> None:
+    """As with the weights given by hand; others than all the same."""
+    model, batches = toy(), list(images(40, seed=5).split(11))
+    keep = {DOWN[0]: KEEP[DOWN[0]]}
+    before = fingerprint(model)
+    inputs = [prepare(batch, model) for batch in batches]
+    weights = place_sensitivity(model, [DOWN[0]], inputs, Objective())[DOWN[0]]
+    assert float(weights.max()) > 1.2 * float(weights.min())
+    found, _ = compensated(model, keep, batches, token_weights="sensitivity")
+    assert fingerprint(model) == before
+    expected, _ = compensated(
+        model, keep, batches, token_weights=lambda images: weights.expand(len(images), -1)
+    )
+    plain, _ = compensated(model, keep, batches)
+    assert same_weights(found, expected, 1e-6)
+    assert not same_weights(found, plain, 1e-4)
 
 
 def test_wrong_token_weights_raise_and_leave_the_model() -> None:

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
+from tp_amp.batches import prepare
 from tp_amp.objectives import Objective
-from tp_amp.sensitivity import output_sensitivity
+from tp_amp.sensitivity import output_sensitivity, place_sensitivity, repeated
 
 LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 
@@ -86,3 +87,50 @@ def test_a_convolution_is_the_linear_at_each_place() -> None:
     expected = output_sensitivity(nn.Sequential(linear), ["0"], [tokens], squares)
     found = output_sensitivity(nn.Sequential(convolution), ["0"], [maps], squares)
     torch.testing.assert_close(found["0"], expected["0"])
+
+
+def places(model: nn.Module, batches: list[Tensor], objective: object, layers: list[str]) -> dict:
+    inputs = [prepare(batch, model) for batch in batches]
+    return place_sensitivity(model, layers, inputs, Objective(objective))
+
+
+def test_a_place_weighs_its_mean_squared_gradient() -> None:
+    model = toy()
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    before = fingerprint(model)
+    found = places(model, list(images().split(4)), squares, LAYERS)
+    assert fingerprint(model) == before
+    for layer in LAYERS:
+        gradients = [gradient_of(model, layer, image, squares) for image in images()]
+        expected = torch.stack([g.square().sum(1) for g in gradients]).mean(0)
+        expected = expected / expected.mean() + 0.1
+        assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
+        assert len(expected) > 1
+
+
+def test_layers_whose_places_are_unknown_are_left_out() -> None:
+    class Parts(nn.Module):
+        """One layer that is read, one that is not, and one that has no images first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread, self.turned = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unread(x)
+            turned = self.turned(x.flatten(0, 1)[:-1])
+            return self.read(x).mean(1) + turned.mean(0)
+
+    torch.manual_seed(0)
+    layers = ["read", "unread", "turned"]
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    found = places(Parts(), [torch.randn(3, 4, 6)], squares, layers)
+    assert list(found) == ["read"]
+    assert not places(Parts(), [torch.randn(3, 4, 6), torch.randn(3, 5, 6)], squares, ["read"])
+
+
+def test_places_repeat_for_each_image() -> None:
+    weights = torch.tensor([1.0, 2.0])
+    assert repeated(weights, 6).tolist() == [1, 2, 1, 2, 1, 2]
+    assert repeated(weights, 5) is None
+    assert repeated(None, 6) is None

@@ -19,8 +19,9 @@ from tp_amp.cutting import Site, narrowed
 from tp_amp.distributed import check_same, merged
 from tp_amp.heads import Attention
 from tp_amp.prefix import Prefix
-from tp_amp.recipe import Recipe, apply, corrected, token_weights
+from tp_amp.recipe import Recipe, apply, corrected, given_weights, place_weights
 from tp_amp.search import Probe, accepted, search_width
+from tp_amp.sensitivity import repeated
 from tp_amp.sequential import STORED, SequentialTest, SiteTest
 from tp_amp.watching import watch
 
@@ -280,10 +281,17 @@ class Compensator:
         graph: the `tp.DependencyGraph`.
         batches: unlabelled images.
         recipe: how to compensate.
+        layers: module paths of the layers to correct.
     """
 
-    def __init__(self, graph: Any, batches: Iterable[Any], recipe: Recipe) -> None:
+    def __init__(
+        self, graph: Any, batches: Iterable[Any], recipe: Recipe, layers: Sequence[str] = ()
+    ) -> None:
         self.graph, self.batches, self.recipe = graph, batches, recipe
+        self.places: dict[str, Tensor] = {}
+        if recipe.token_weights == "sensitivity":  # else the batches need not be read now
+            inputs = list(stream(batches, graph.model, description="reading", progress=False))
+            self.places = place_weights(recipe, graph.model, layers, inputs)
         self._moments: tuple[str, Moments] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
 
@@ -327,4 +335,6 @@ class Compensator:
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
                 call, _ = watch(model, model, site.down, batch, stop=True)
-                yield call, token_weights(self.recipe, batch)
+                given = given_weights(self.recipe, batch)
+                places = repeated(self.places.get(site.down), len(call[0]))
+                yield call, places if given is None else given

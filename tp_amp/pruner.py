@@ -297,7 +297,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
             foreseen=self._foreseen,
             steps=self.steps,
-            compensator=Compensator(self.DG, self.compensation_data, self.recipe),
+            compensator=Compensator(
+                self.DG, self.compensation_data, self.recipe, [site.down for site in self._sites]
+            ),
             prefix=Prefix(self.model, self._sites, self.calibration, self.cache_bytes),
             test=test,
             checkpoint=checkpoint,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tp_amp.batches import check_batches, one_image, prepare
 from tp_amp.compensation import RIDGE, Correction, Method
 from tp_amp.cutting import cut, undone_after_errors
 from tp_amp.graph import build_graph
 from tp_amp.plan import PruningPlan, planned_sites
-from tp_amp.recipe import Recipe, apply
+from tp_amp.recipe import Recipe, TokenWeights, apply
 from tp_amp.refit import fit
 
 
@@ -26,7 +26,7 @@ def compensate(
     method: Method = "affine",
     ridge: float = RIDGE,
     add_bias: bool = False,
-    token_weights: Callable[[Any], Tensor] | None = None,
+    token_weights: TokenWeights = None,
     every_linear: bool = False,
     progress: bool = True,
 ) -> dict[str, Correction]:
@@ -36,7 +36,7 @@ def compensate(
     images: `mean` adds W_P (mean of h_P) to b; `affine` adds W_P B to W_S with B the ridge
     regression of h_P on h_S, and W_P (mean of h_P - B mean of h_S) to b (CORP, arXiv 2602.05243).
     Layers are fitted in the order of the forward pass, each on the model as cut and corrected so
-    far, against what the layer gives in the dense model. No labels, no gradients.
+    far, against what the layer gives in the dense model. No labels.
 
     Args:
         model: the dense model.
@@ -47,7 +47,9 @@ def compensate(
             tenfold where there is no solution, and that is logged.
         add_bias: give cut layers without a bias one; else the best correction without is taken.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives the
-            weight of each token, `(images, tokens)`: 0 for padding.
+            weight of each token, `(images, tokens)`: 0 for padding. Or `"sensitivity"`: at each
+            layer, what an error at the token's place costs the dense model's predictions, by one
+            backward pass over the images.
         every_linear: fit all Linears from the first to the last cut layer (queries, keys and
             values, projections, `up` layers) against what they give in the dense model. It keeps
             more accuracy and takes about twice as long.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tp_amp.batches import Inputs
 from tp_amp.compensation import METHODS, RIDGE, Correction, Method, Moments, correct
+from tp_amp.objectives import Objective
+from tp_amp.sensitivity import place_sensitivity
 
 logger = logging.getLogger(__name__)
+
+TokenWeights = Callable[[Any], Tensor] | Literal["sensitivity"] | None
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class Recipe:
         every_linear: fit the Linears between the first and the last cut layer too, against what
             they give in the dense model.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
-            the weight of each token, `(images, tokens)`, 0 for padding; by default all are 1.
+            the weight of each token, `(images, tokens)`, 0 for padding; or `"sensitivity"`: each
+            layer's tokens weigh what an error at their place costs the predictions (or
+            similarities) of the dense model, by its squared gradient. By default all are 1.
 
     Raises:
-        ValueError: `method` or `ridge` is not valid.
+        ValueError: `method`, `ridge` or `token_weights` is not valid.
 
     Example:
         >>> import torch, tp_amp
@@ -42,7 +48,7 @@ class Recipe:
     method: Method = "affine"
     ridge: float = RIDGE
     add_bias: bool = False
-    token_weights: Callable[[Any], Tensor] | None = None
+    token_weights: TokenWeights = None
     every_linear: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +56,11 @@ class Recipe:
             raise ValueError(f"compensation must be one of {METHODS}, found {self.method!r}")
         if not self.ridge >= 0:
             raise ValueError(f"ridge must be zero or more, found {self.ridge}")
+        weights = self.token_weights
+        if weights is not None and weights != "sensitivity" and not callable(weights):
+            raise ValueError(
+                f'token_weights must be "sensitivity", a callable or None, found {weights!r}'
+            )
 
 
 def apply(layer: nn.Module, correction: Correction, first: int = 0) -> None:
@@ -95,8 +106,21 @@ def corrected(name: str, moments: Moments, recipe: Recipe, bias: bool) -> Correc
     return correction
 
 
-def token_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
-    """The weight of each token of a batch, in one row."""
-    if recipe.token_weights is None:
+def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
+    """The weight of each token of a batch, in one row, where the caller gives them."""
+    if not callable(recipe.token_weights):
         return None
     return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+
+
+def place_weights(
+    recipe: Recipe, model: nn.Module, layers: Collection[str], batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """The weight of each place of an image, by layer, where the dense model gives them."""
+    if recipe.token_weights != "sensitivity" or recipe.method == "none":
+        return {}
+    found = place_sensitivity(model, layers, batches, Objective())
+    left = [name for name in layers if name not in found]
+    if left:
+        logger.info("the tokens of %s weigh the same", ", ".join(left))
+    return found

@@ -18,7 +18,8 @@ from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed, site_group
 from tp_amp.distributed import merged, together
 from tp_amp.groups import group_layers
-from tp_amp.recipe import Recipe, applied, corrected, token_weights
+from tp_amp.recipe import Recipe, applied, corrected, given_weights, place_weights
+from tp_amp.sensitivity import repeated
 from tp_amp.watching import calls_in_order, first_argument, watch
 
 logger = logging.getLogger(__name__)
@@ -78,18 +79,21 @@ def fit(
     if recipe.method == "none" or not sites:
         return {}
     model: nn.Module = graph.model
-    with together("compensation"), observing(model, gradients=False):
-        inputs = list(stream(batches, model, description="reading", progress=False))
-        few = one_image(inputs[0], 2)
-        sizes = {tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in inputs}
-        # What the steps are called with besides the state may depend on the images' size.
-        chain = [Step("")]
-        if len(sizes) == 1:
-            chain = find_chain(model, few, [site.name for site in sites])
-        layers = _layers(graph, few, sites, keep, recipe)
-        walk = _Walk(graph, layers, keep, recipe, inputs, chain)
-        for step in bar(chain, description="compensation", progress=progress):
-            walk.take(step)
+    with together("compensation"):
+        with observing(model, gradients=False):
+            inputs = list(stream(batches, model, description="reading", progress=False))
+            few = one_image(inputs[0], 2)
+            sizes = {tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in inputs}
+            # What the steps are called with besides the state may depend on the images' size.
+            chain = [Step("")]
+            if len(sizes) == 1:
+                chain = find_chain(model, few, [site.name for site in sites])
+            layers = _layers(graph, few, sites, keep, recipe)
+        places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
+        with observing(model, gradients=False):
+            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places)
+            for step in bar(chain, description="compensation", progress=progress):
+                walk.take(step)
     return walk.corrections
 
 
@@ -104,11 +108,12 @@ class _Walk:
         recipe: Recipe,
         inputs: list[Inputs],
         chain: list[Step],
+        places: Mapping[str, Tensor],
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
-        self.weights = [token_weights(recipe, batch) for batch in inputs]
+        self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
         self.last = chain[-1]
         self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
         self.cut = list(self.dense)
@@ -142,10 +147,12 @@ class _Walk:
         self, layer: _Layer, module: nn.Module, step: Step, targets: list[Tensor]
     ) -> Correction:
         moments = Moments(layer.name)
-        for state, target, weights in zip(self.cut, targets, self.weights, strict=True):
+        for state, target, given in zip(self.cut, targets, self.given, strict=True):
             (hidden, output), _ = watch(
                 module, self.model, layer.name, _inputs(step, state), stop=True
             )
+            places = repeated(self.places.get(layer.name), len(hidden))
+            weights = places if given is None else given
             moments.add(layer.inputs(hidden, self.keep), target - output, weights)
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tp_amp._state import hooks, observing
-from tp_amp.batches import stream
-from tp_amp.distributed import Turn, add_up_named, agree, in_turns, together
+from tp_amp.batches import Inputs, stream
+from tp_amp.distributed import Turn, add_up_named, agree, in_turns, of_each, together
 from tp_amp.objectives import Objective, resolve_on
+
+# What the objective does not see of a layer still steers what comes after it.
+_LEAST = 0.1
 
 
 def output_sensitivity(
@@ -52,12 +55,77 @@ def output_sensitivity(
         for turn in in_turns(own):
             gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
-                totals[name] = totals.get(name, 0) + gradient.T @ gradient
+                rows = _rows(model.get_submodule(name), gradient)
+                totals[name] = totals.get(name, 0) + rows.T @ rows
             images += turn.images
         # One by one: all at once would take much memory.
         for name in totals:
             totals |= add_up_named(f"the sensitivity of {name}", {name: totals[name]})
     return {name: total / images for name, total in totals.items()}
+
+
+def place_sensitivity(
+    model: nn.Module, layers: Collection[str], batches: Sequence[Inputs], objective: Objective
+) -> dict[str, Tensor]:
+    """How much errors of layers cost at each place of an image, relative to all its places.
+
+    The squared gradient of `output_sensitivity`, as its mean over the images of all ranks: that of
+    a single token of one image, of one drawn label, tells little. All places weigh a tenth of their
+    mean at least.
+
+    Args:
+        model: left as it was.
+        layers: module paths of Linears or convolutions.
+        batches: unlabelled images, prepared.
+        objective: what the model is for.
+
+    Returns:
+        Module path -> `(places,)`. Layers on which the objective does not depend are left out, and
+        those whose outputs have no images first, or not the same places on all batches.
+    """
+    totals: dict[str, Tensor] = {}
+    uneven: set[str] = set()
+    with observing(model, gradients=True):
+        resolved = objective.resolve(model, batches[0])
+        for turn in in_turns(iter(batches)):
+            gradients = _gradients(model, layers, turn, resolved, skip_unused=True)
+            for name, gradient in gradients.items():
+                images = turn.inputs.images if turn.inputs else 1
+                squares = _rows(model.get_submodule(name), gradient).square().sum(1)
+                if len(gradient) % images:
+                    uneven.add(name)
+                    continue
+                places = squares.view(images, -1).sum(0)
+                if name in totals and len(totals[name]) != len(places):
+                    uneven.add(name)
+                    continue
+                totals[name] = totals[name] + places if name in totals else places
+    known = {name: total for name, total in totals.items() if name not in uneven}
+    return {
+        name: total.to(totals[name]) / total.mean() + _LEAST
+        for name, total in _added(known).items()
+        if float(total.sum()) > 0
+    }
+
+
+def _added(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all ranks, of what has the same places on all of them."""
+    found = of_each("the sensitivity of places", totals)
+    if isinstance(found, dict):
+        return found
+    same = [
+        name
+        for name in found[0]
+        if all(name in other and other[name].shape == found[0][name].shape for other in found)
+    ]
+    return {name: torch.stack([other[name] for other in found]).sum(0) for name in same}
+
+
+def repeated(places: Tensor | None, tokens: int) -> Tensor | None:
+    """The weights of so many tokens, image after image; None where they are no whole images."""
+    if places is None or tokens % len(places):
+        return None
+    return places.repeat(tokens // len(places))
 
 
 def _gradients(
@@ -67,7 +135,7 @@ def _gradients(
     objective: Objective,
     skip_unused: bool,
 ) -> dict[str, Tensor]:
-    """The gradients at the outputs of some layers, `(tokens, outputs)`."""
+    """The gradients at the outputs of some layers, as these are."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -87,11 +155,7 @@ def _gradients(
     missing += [name for name, gradient in found.items() if gradient is None]
     if missing and not skip_unused:
         raise ValueError(f"the objective does not depend on {missing}; leave them out")
-    return {
-        name: _rows(model.get_submodule(name), gradient)
-        for name, gradient in found.items()
-        if gradient is not None
-    }
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:
