@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+OLDEST ?= .venv-oldest
+CASES ?= 1000
+SEED ?= 0
 
-.PHONY: demo test lint types unit docs coverage zoo clean
+.PHONY: demo test lint types unit docs oldest cases coverage zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -29,6 +32,19 @@ unit: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees tp_amp/docs build/docs
 
+# With the oldest releases that are supported, in an environment of its own: the tests but for the
+# slow ones. What these releases can't do is skipped, and listed with the reason.
+oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not timing" -rs
+
+# CASES more of each property test, drawn from SEED; how many were run is added up in build/cases.log.
+cases: $(VENV)/installed
+	mkdir -p build
+	HYPOTHESIS_PROFILE=hunt HYPOTHESIS_EXAMPLES=$(CASES) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/test_properties.py -q --show-capture=no \
+		--hypothesis-seed=$(SEED) --hypothesis-show-statistics >> build/cases.log; \
+		status=$$?; $(BIN)/python tests/count_cases.py build/cases.log; exit $$status
+
 # In one process, some minutes; lines in red are in build/coverage too.
 coverage: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=tp_amp --cov-report=term-missing:skip-covered \
@@ -43,5 +59,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint tests/oldest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

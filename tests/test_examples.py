@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
+from toys import narrow_heads
 
 pytest.importorskip("sklearn")
 import drop_in
@@ -76,6 +77,7 @@ def check_vit(model: Any, hidden: int) -> None:
     assert model(image()).shape == (2, 5)
 
 
+@narrow_heads
 def test_timm_vit(folder: Path) -> None:
     model = run("prune_timm_vit", "--data", folder, "--model", "tp_amp_test_vit",
                 "--no-pretrained", "--batch_size", 3)  # fmt: skip
@@ -250,6 +252,7 @@ def test_regularizer_shrinks_what_scores_low(pruner: str, importance: str) -> No
     assert cut_norms(10.0) < cut_norms(0.0)
 
 
+@narrow_heads
 @pytest.mark.parametrize("isomorphic", [False, True])
 def test_globally(folder: Path, isomorphic: bool) -> None:
     arguments = ["--isomorphic"] if isomorphic else []

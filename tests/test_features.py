@@ -1,8 +1,11 @@
+from importlib.metadata import version
+
 import open_clip
 import pytest
 import timm
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from toys import images, toy
 
@@ -87,6 +90,8 @@ def hugging_face(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "swin"])
 def test_hugging_face_models_give_their_last_hidden_state(kind: str) -> None:
+    if kind == "vit" and Version(version("transformers")) < Version("5"):
+        pytest.skip("transformers 4.57: a ViT's hidden states end before its norm")
     model = hugging_face(kind)
     pictures = images(2, size=32, channels=3)
     features, found = read(model, {"cls", "tokens"}, pictures)

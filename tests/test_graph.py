@@ -55,6 +55,11 @@ def test_groups_are_those_of_a_graph_with_values(name: str) -> None:
     assert {id(p) for p, _ in without.graph.unwrapped_parameters} <= parameters
 
 
+class Erf(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(x)
+
+
 class Keeping(ToyViT):
     """Keeps its last tokens, and a table that is no buffer."""
 
@@ -69,8 +74,11 @@ class Keeping(ToyViT):
         return super().forward(x)
 
 
-def test_what_the_model_keeps_is_given_back() -> None:
+@pytest.mark.parametrize("with_values", [False, True])
+def test_what_the_model_keeps_is_given_back(with_values: bool) -> None:
     model = Keeping()
+    if with_values:
+        model.blocks[0].mlp.act = Erf()  # gradients decide
     table, before = model.table, fingerprint(model)
     assert len(tp_amp.find_mlps(model, images(1))) == 2
     assert model.table is table

@@ -473,3 +473,35 @@ def test_ctrl_c_while_torch_pruning_traces() -> None:
             tp_amp.find_mlps(model, x)
         handle.remove()
         assert fingerprint(model) == before
+
+
+def test_search_forgets_what_a_block_gave_that_keeps_all() -> None:
+    """The attention's output of the block that was searched before stood in for this block's."""
+    block = BlockSpec(mlps=(MLPSpec(), MLPSpec()), mixing=True)
+    spec, probes = Spec(blocks=(block, block)), []
+    x = inputs(spec, 12)
+    for limit in (2**30, 0):
+        model = build(spec)
+        pruner = tp_amp.AdaptiveMLPPruner(
+            model, x[:1], tp_amp.GramSchmidtImportance(), [x], max_increase=0.0, cache_bytes=limit
+        )
+        pruner.step()
+        probes.append(pruner.plan.probes)
+    accepted = {name: any(p.accepted for p in tried) for name, tried in probes[1].items()}
+    assert not accepted["blocks.1.mlps.0.down"]
+    assert probes[0] == probes[1]
+
+
+def test_dead_activations_are_judged_by_the_other_channels() -> None:
+    """Gradients of half of the channels were looked at, of which no gate let one through."""
+    mlp = MLPSpec(kind="gated", hidden=3, activation="relu", inner="rms")
+    spec = Spec(convolutional=False, blocks=(BlockSpec(mlps=(mlp,)),))
+    model = build(spec)
+    gate: Any = model.blocks[0].mlps[0].gate
+    for channel in range(3):
+        with torch.no_grad():
+            gate.weight.zero_()
+            gate.bias.copy_(torch.full((3,), -1.0))
+            gate.bias[channel] = 1.0
+        found = tp_amp.find_mlps(model, inputs(spec, 1))
+        assert [mlp.down for mlp in found] == ["blocks.0.mlps.0.down"]

@@ -18,7 +18,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.pruner import function
-from toys import fingerprint, masked, perturbed, relative, toy
+from toys import fingerprint, masked, narrow_heads, perturbed, relative, toy
 
 import tp_amp
 
@@ -891,6 +891,7 @@ def attention_scores(entry: Entry, model: nn.Module, case: Case, block: int) -> 
     return entry.reference(model, site, case.batches(), list(range(24))).view(3, 8)
 
 
+@narrow_heads
 @every_importance
 @pytest.mark.parametrize("heads", [False, True], ids=["head dimensions", "heads"])
 def test_pruner_cuts_the_attention_of_a_vit(entry: Entry, heads: bool) -> None:

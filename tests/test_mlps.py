@@ -1,3 +1,4 @@
+import copy
 import logging
 from collections.abc import Callable
 
@@ -5,9 +6,10 @@ import open_clip
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from test_zoo import check
 from torch import nn
-from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, toy
+from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, judges_shapes, toy
 
 import tp_amp
 from tp_amp.fused import fused_parts
@@ -145,6 +147,12 @@ def test_frozen_training_model_is_found_and_given_back(mode: str) -> None:
     with context[mode]():
         assert len(tp_amp.find_mlps(model, images(1))) == 2
     assert fingerprint(model) == before
+
+
+def test_gradients_decide_in_inference_mode_too() -> None:
+    model = Between(lambda h, table: torch.erf(h))
+    with torch.inference_mode():
+        assert len(tp_amp.find_mlps(model, torch.randn(8, 5))) == 1
 
 
 def test_dict_and_tuple_inputs() -> None:
@@ -285,11 +293,11 @@ class Rolled(nn.Module):
 META = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224")
 
 
+@judges_shapes
 @pytest.mark.parametrize("name", META)
 def test_meta_device_finds_the_same(name: str) -> None:
     real = timm.create_model(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = copy.deepcopy(real).to("meta")
     size = real.default_cfg["input_size"]
     found = tp_amp.find_mlps(model, torch.empty(1, *size, device="meta"))
     assert found == tp_amp.find_mlps(real, torch.randn(1, *size))
@@ -332,7 +340,7 @@ def test_two_dimensional_element_wise_is_found(device: str) -> None:
     assert [mlp.width for mlp in tp_amp.find_mlps(model, torch.randn(8, 5, device=device))] == [8]
 
 
-def test_parallel_blocks_with_a_bias_of_their_own_lose_it_too() -> None:
+def parallel_blocks_with_a_bias() -> nn.Module:
     """Without a bias on q, k and v, timm keeps the hidden channels' bias in the block."""
     torch.manual_seed(0)
     model = timm.create_model(
@@ -340,7 +348,25 @@ def test_parallel_blocks_with_a_bias_of_their_own_lose_it_too() -> None:
         img_size=32, embed_dim=64, num_heads=4, depth=2, qkv_bias=False,
     )  # fmt: skip
     assert model.blocks[0].mlp_bias is not None
-    assert check("", model, images(1, size=32, channels=3), 2) < 1e-5
+    return model
+
+
+CALLS_IN_PROJ = Version(timm.__version__) >= Version("1.0.25")
+
+
+@pytest.mark.skipif(not CALLS_IN_PROJ, reason="timm before 1.0.25 reads in_proj's weight alone")
+def test_parallel_blocks_with_a_bias_of_their_own_lose_it_too() -> None:
+    assert check("", parallel_blocks_with_a_bias(), images(1, size=32, channels=3), 2) < 1e-5
+
+
+def test_parallel_blocks_that_call_no_projection_are_refused() -> None:
+    model = parallel_blocks_with_a_bias()
+    for block in model.blocks:
+        own = block.in_proj
+        own.forward = None  # read below, and called no more
+        block.forward = lambda x, own=own: x + nn.functional.linear(x, own.weight)[..., :64]
+    with pytest.raises(ValueError, match=r"blocks\.0 reads the weight of its input projection"):
+        tp_amp.find_mlps(model, images(1, size=32, channels=3))
 
 
 class Gate(nn.Module):

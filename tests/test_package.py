@@ -1,8 +1,14 @@
 import builtins
 import doctest
+import re
 import subprocess
 import symtable
 import sys
+from pathlib import Path
+
+from count_cases import count
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import tp_amp
 
@@ -34,3 +40,39 @@ def test_all_is_documented_with_an_example_that_can_be_copied() -> None:
         examples = doctest.DocTestParser().get_examples(documented or "")
         assert examples, f"{name} has no runnable example"
         assert not unbound("".join(example.source for example in examples)), name
+
+
+def test_oldest_releases_are_the_lower_bounds() -> None:
+    """What `make oldest` installs is what pyproject.toml allows."""
+    here = Path(__file__).parent
+    project = (here.parent / "pyproject.toml").read_text()
+    quoted = re.findall(r'"([\w-]+>=[^"]+)"', project)
+    bounds = {
+        requirement.name: Version(specifier.version)
+        for requirement in map(Requirement, quoted)
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    lines = (here / "oldest.txt").read_text().splitlines()
+    lines = [line.split("==") for line in lines if not line.startswith("#")]
+    pins = {name: Version(version) for name, version in lines}
+    del bounds["setuptools"], bounds["sphinx"]  # to build the package and its pages
+    assert set(bounds) == {"accelerate", "open_clip_torch", "timm", "torch", "torch-pruning"}
+    assert {name: pins.get(name) for name in bounds} == bounds
+
+
+def test_cases_are_counted() -> None:
+    log = """
+tests/test_properties.py::test_search:
+
+  - during generate phase (9.58 seconds):
+    - 9 passing, 1 failing, and 3 invalid test cases
+  - Stopped because nothing left to do
+
+tests/test_properties.py::test_search:
+
+  - during generate phase (9.58 seconds):
+    - 90 passing, 0 failing, and 3 invalid test cases
+  - Stopped because settings.max_examples=90
+"""
+    assert count(log) == {"test_search": (99, 1)}

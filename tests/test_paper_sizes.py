@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from packaging.version import Version
 from torch import nn
+from toys import put
 
 import tp_amp
 
@@ -79,8 +81,8 @@ def narrow_by_hand(model: nn.Module, tower: Tower, ratio: float) -> None:
         hidden = int(ratio * up.in_features)
         packed = up.out_features // down.in_features
         bias = up.bias is not None, down.bias is not None
-        model.set_submodule(up_name, nn.Linear(up.in_features, packed * hidden, bias[0]))
-        model.set_submodule(name, nn.Linear(hidden, down.out_features, bias[1]))
+        put(model, up_name, nn.Linear(up.in_features, packed * hidden, bias[0]))
+        put(model, name, nn.Linear(hidden, down.out_features, bias[1]))
 
 
 def count(model: nn.Module) -> int:
@@ -91,7 +93,12 @@ def count(model: nn.Module) -> int:
 def test_mlp_ratio_1_gives_the_papers_parameter_counts(name: str) -> None:
     tower = TOWERS[name]
     with torch.device("meta"):
-        model = tower.build()
+        try:
+            model = tower.build()
+        except RuntimeError:
+            if Version(timm.__version__) >= Version("1.0.25"):
+                raise
+            pytest.skip("timm 1.0.17 reads values as it builds a model")
         assert count(model) / 1e9 == pytest.approx(tower.dense, rel=0.01)
         narrow_by_hand(model, tower, 1)
     assert count(model) / 1e9 == pytest.approx(tower.ratio_1, rel=0.01)

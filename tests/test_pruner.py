@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from test_importance import entropy_of
 from torch import Tensor, nn
-from toys import ToyViT, fingerprint, images, masked, perturbed, relative, toy
+from toys import ToyViT, fingerprint, images, masked, perturbed, put, relative, toy
 
 import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance
@@ -39,7 +39,7 @@ def sliced_copy(model: nn.Module, ups: list[str], down: str, keep: list[int]) ->
             new.weight.copy_(old.weight[:, keep] if name == down else old.weight[keep])
             if old.bias is not None:
                 new.bias.copy_(old.bias if name == down else old.bias[keep])
-        model.set_submodule(name, new)
+        put(model, name, new)
     return model
 
 

@@ -235,5 +235,36 @@ def test_a_plan_with_a_list_for_a_number_is_refused(saved: Path) -> None:
     text = path.read_text()
     assert '"first": 0' in text
     path.write_text(text.replace('"first": 0', '"first": [0]', 1))
-    with pytest.raises(ValueError, match=r"expected an integer, found \(0,\)"):
+    with pytest.raises(ValueError, match=r"expected <class 'int'>, found \[0\]"):
         tp_amp.load_pruned(vit(), saved)
+
+
+@pytest.mark.parametrize("kind", ["MLP", "Attention"])
+def test_each_value_of_a_damaged_site_is_refused_or_harmless(kind: str, saved: Path) -> None:
+    """Found by damaging folders at random: layers of None or another kind raised anything."""
+    whole = json.loads((saved / "plan.json").read_text())
+    (down, *_) = (name for name, record in whole["sites"].items() if record["kind"] == kind)
+    inputs = images(1, size=32, channels=3)
+    pruned = vit().eval()
+    tp_amp.load_pruned(pruned, saved)
+    expected = pruned(inputs)
+    model, refused = vit().eval(), 0
+
+    def state() -> Any:
+        return str(model), [(p.requires_grad, p._version, p.data_ptr()) for p in model.parameters()]
+
+    for name in whole["sites"][down]:
+        for value in (None, "", "x", [], ["x"], {}, -1, 0, 3, "norm", ["norm"]):
+            damaged = copy.deepcopy(whole)
+            damaged["sites"][down][name] = value
+            (saved / "plan.json").write_text(json.dumps(damaged))
+            before = state()
+            try:
+                tp_amp.load_pruned(model, saved)
+            except ValueError:
+                assert state() == before
+                refused += 1
+            else:
+                torch.testing.assert_close(model(inputs), expected)
+                model = vit().eval()
+    assert refused > 80

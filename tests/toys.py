@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+
+judges_shapes = pytest.mark.skipif(
+    not hasattr(torch.zeros(1, requires_grad=True).view(1).grad_fn, "_input_metadata"),
+    reason="torch 2.4 tells no shapes of what an operation gives: meta models can't be judged",
+)
+
+narrow_heads = pytest.mark.skipif(
+    not hasattr(Attention(8, 2), "attn_dim"),
+    reason="timm 1.0.17: the heads of a ViT can't be narrower",
+)
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """As `set_submodule`, which torch 2.4 lacks."""
+    holder, _, last = name.rpartition(".")
+    setattr(model.get_submodule(holder), last, layer)
 
 
 class PlainMLP(nn.Module):

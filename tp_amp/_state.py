@@ -69,6 +69,23 @@ def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
 
 
 @contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """Take from the model's attributes what tensors a forward pass has put there."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, known in before:
+            for name, value in list(attributes.items()):
+                if not isinstance(value, Tensor) or value is known.get(name):
+                    continue
+                if name in known:
+                    attributes[name] = known[name]
+                else:
+                    del attributes[name]
+
+
+@contextmanager
 def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Let the model's tensors be shapes without values, so that a forward pass costs nothing.
 
@@ -116,7 +133,8 @@ def shapes_first(
             return run(inputs.to("meta"), real)
     except Exception as error:
         logger.debug("the model fails on the meta device: %s", error)
-    return run(inputs, {})
+    with forgetting(model):
+        return run(inputs, {})
 
 
 @contextmanager

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from tp_amp.attention_adapt import FORWARDS
 from tp_amp.fused import FusedBlockPruner
 from tp_amp.groups import make_group
 from tp_amp.heads import Attention, head_group
 from tp_amp.mlps import MLP
+from tp_amp.segments import outputs
 
 Site = MLP | Attention
 
@@ -44,6 +46,67 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     if mlp.fused:
         handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
     return make_group(graph, handlers, list(channels))
+
+
+def check_fits(model: nn.Module, site: Site) -> None:
+    """Check that a model has the dense layers that a site names.
+
+    Raises:
+        ValueError: one is missing or of another width.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    other = "build the same dense model, or the plan is damaged"
+    names = [site.down, *site.up, *site.inner]
+    missing = [name for name in (*names, site.name) if name not in layers]
+    if missing:
+        raise ValueError(f"{type(model).__name__} has no layer {missing[0]}; {other}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{site.down} is cut with {names[1:]}, a layer of them twice; {other}")
+    found = _size(layers[site.down], "weight", 1)
+    expected = site.width * site.unit_width + site.first
+    if found != expected:
+        raise ValueError(
+            f"{site.down} has {found} input channels, the saved model had {expected} before it was "
+            f"pruned; {other}"
+        )
+    fits = _mlp_fits(layers, site) if isinstance(site, MLP) else _attention_fits(layers, site)
+    if not (fits and site.up):
+        raise ValueError(
+            f"{site.down} reads {expected} channels, other than {names[1:]} have; {other}"
+        )
+
+
+def _mlp_fits(layers: dict[str, nn.Module], mlp: MLP) -> bool:
+    ups = [outputs(layers[name]) for name in mlp.up]
+    if mlp.fused:
+        ups = [int(getattr(layers[mlp.name], "in_split", [0])[0])]
+    inner = [mlp.packed * outputs(layers[name]) for name in mlp.inner]
+    return {*ups, *inner} == {mlp.packed * mlp.width}
+
+
+def _attention_fits(layers: dict[str, nn.Module], attention: Attention) -> bool:
+    linears = [layer for name in attention.up if isinstance(layer := layers[name], nn.Linear)]
+    parts = [(linear.out_features, attention.head_width) for linear in linears]
+    for tensor in attention.tensors:
+        holder, _, leaf = tensor.path.rpartition(".")
+        parts.append((_size(layers.get(holder), leaf, tensor.dim), tensor.block))
+    prefix = f"{attention.name}." if attention.name else ""
+    return (
+        attention.forward in FORWARDS
+        and all(f"{name}.".startswith(prefix) for name in (attention.down, *attention.up))
+        and all(
+            size > 0 and block > 0 and size % (attention.width * block) == 0
+            for size, block in parts
+        )
+    )
+
+
+def _size(module: nn.Module | None, name: str, dim: int) -> int:
+    """Size of a module's tensor in one dimension, 0 if it has none."""
+    values = getattr(module, name, None)
+    if not isinstance(values, Tensor) or not -values.dim() <= dim < values.dim():
+        return 0
+    return int(values.shape[dim])
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp._state import check_not_compiled, evaluating, hooks, shapes_first
+from tp_amp._state import check_not_compiled, evaluating, forgetting, hooks, shapes_first
 from tp_amp.batches import Inputs, example, runner
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,12 @@ def _trace(
 def _record_values(
     model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
 ) -> dict[nn.Module, Call]:
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model, trainable=True):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model, trainable=True),
+        forgetting(model),
+    ):
         return _record_calls(model, inputs, runner(model, forward_fn))
 
 
@@ -234,10 +240,11 @@ def _give_parameters_back(graph: Any, real: Mapping[Any, Any]) -> None:
 
 def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, Call]:
     calls: dict[nn.Module, Call] = {}
+    order = itertools.count()
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, Tensor) and isinstance(args[0], Tensor):
-            calls[module] = Call(len(calls), args[0], output)
+            calls[module] = Call(next(order), args[0], output)
 
     leaves = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     with hooks(module.register_forward_hook(record) for module in leaves):

@@ -89,6 +89,7 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     return read_mlps(model, build_graph(model, example_inputs))
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def read_mlps(
     model: nn.Module, traced: TracedGraph, reasons: dict[nn.Module, str] | None = None
@@ -191,7 +192,13 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
 
 def _check_fused(parts: FusedParts, traced: TracedGraph, names: dict[nn.Module, str]) -> MLP:
     """Check the values of an MLP that shares its layers with the attention beside it."""
-    calls = traced.with_values()
+    name, calls = names[parts.block], traced.with_values()
+    if parts.up not in calls or parts.down not in calls:
+        raise ValueError(
+            f"{name} reads the weight of its input projection without calling it, as timm did "
+            "before 1.0.25 without a bias on q, k and v; upgrade timm, or put it into "
+            "ignored_layers"
+        )
     up, down = calls[parts.up], calls[parts.down]
     hidden = down.input[..., parts.first : parts.first + parts.width]
 
@@ -200,7 +207,6 @@ def _check_fused(parts: FusedParts, traced: TracedGraph, names: dict[nn.Module, 
             raise NotAnMLP("the attention's channels reach the hidden activation")
         return gradient[..., : parts.width]
 
-    name = names[parts.block]
     try:
         if not hidden.is_meta:
             check_apart(hidden, [up.output], [layout])

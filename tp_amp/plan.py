@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tp_amp.attention import read_attentions
 from tp_amp.cutting import Site, cut, site_group, undone_after_errors
 from tp_amp.graph import TracedGraph, build_graph
-from tp_amp.heads import Attention, HeadTensor
+from tp_amp.heads import Attention
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.search import Probe
 
@@ -116,12 +116,15 @@ class PruningPlan:
                 keep={str(n): [_index(i) for i in kept] for n, kept in record["keep"].items()},
                 dense_widths={str(n): _index(w) for n, w in record["dense_widths"].items()},
                 probes={
-                    str(name): [Probe(_index(w), float(e), bool(a)) for w, e, a in probes]
+                    str(name): [Probe(_index(w), _number(e), bool(a)) for w, e, a in probes]
                     for name, probes in record["probes"].items()
                 },
-                dense_entropy=record["dense_entropy"],
+                dense_entropy=_typed(record["dense_entropy"], int | float | None),
                 sites={str(n): from_record(r) for n, r in record.get("sites", {}).items()},
             )
+            wrong = [name for name, site in plan.sites.items() if site.down != name]
+            if wrong:
+                raise ValueError(f"the sites of {wrong} name another layer as their down")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the pruning plan is damaged: {error!r}") from error
         return plan
@@ -290,15 +293,30 @@ def to_record(site: Site) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Site:
-    """Read a site that `to_record` wrote."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    del values["kind"]
-    for name in {"width", "packed", "first", "head_width"} & values.keys():
-        _index(values[name])
-    if record["kind"] == "MLP":
-        return MLP(**values)
-    values["tensors"] = tuple(HeadTensor(**tensor) for tensor in values["tensors"])
-    return Attention(**values)
+    """Read a site that `to_record` wrote.
+
+    Raises:
+        KeyError, TypeError or ValueError: it is damaged.
+    """
+    kinds: dict[str, type[Site]] = {"MLP": MLP, "Attention": Attention}
+    fields = {name: value for name, value in record.items() if name != "kind"}
+    site: Site = _typed(fields, kinds[record["kind"]])
+    if min(site.width, site.unit_width) < 1 or site.first < 0:
+        raise ValueError(f"no {record['kind']} has such sizes: {fields}")
+    return site
+
+
+def _typed(value: Any, expected: Any) -> Any:
+    """Read a value of JSON as a dataclass, a tuple or one of the plain types; nothing is cast."""
+    if is_dataclass(expected):
+        hints = get_type_hints(expected)
+        values = {name: _typed(item, hints[name]) for name, item in value.items()}
+        return expected(**values)  # type: ignore[operator]
+    if get_origin(expected) is tuple:
+        return tuple(_typed(item, get_args(expected)[0]) for item in _typed(value, list))
+    if type(value) not in (get_args(expected) or (expected,)):
+        raise TypeError(f"expected {expected}, found {value!r}")
+    return value
 
 
 def _lines(value: Any) -> str:
@@ -308,6 +326,8 @@ def _lines(value: Any) -> str:
 
 
 def _index(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected an integer, found {value!r}")
-    return value
+    return int(_typed(value, int))
+
+
+def _number(value: Any) -> float:
+    return float(_typed(value, int | float))

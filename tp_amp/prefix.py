@@ -156,6 +156,7 @@ class Prefix:
     def _look_inside(self, site: Site, place: int) -> None:
         """Keep what the modules of a step give that are done before the site's first layer runs."""
         block = self.model.get_submodule(self.steps[place])
+        self._inside = ("", {})  # of another step, whose modules have the same names
         done: dict[str, list[Any]] = {}
         calls: dict[str, int] = {}
         started: list[bool] = []

@@ -14,7 +14,7 @@ from torch import nn
 
 import tp_amp
 from tp_amp.checkpoint import write_atomically
-from tp_amp.cutting import cut, undone_after_errors
+from tp_amp.cutting import check_fits, cut, undone_after_errors
 from tp_amp.graph import TolerantGraph, per_channel_pruners
 from tp_amp.plan import PruningPlan, check_kept
 
@@ -124,26 +124,25 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
     plan = PruningPlan.from_json((folder / PLAN).read_text())
     _check_sites(plan)
     for down, kept in plan.keep.items():
-        site = plan.sites[down]
-        check_kept(site, kept)
-        expected = site.width * site.unit_width + site.first
-        found = _width(model, down)
-        if found != expected:
-            raise ValueError(
-                f"{down} has {found} input channels, the saved model had {expected} before it was "
-                "pruned; build the same dense model"
-            )
+        check_kept(plan.sites[down], kept)
+        check_fits(model, plan.sites[down])
+    with undone_after_errors(model):
+        cut_untraced(model, plan)
+        _load(model, folder / WEIGHTS)
+    return plan
+
+
+@torch.no_grad()
+def cut_untraced(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut a dense model to a plan that knows its layers and fits."""
     graph = TolerantGraph()
     graph.model, graph.module2node = model, {}
     graph._module2name = {module: name for name, module in model.named_modules()}
     for kind, pruner in per_channel_pruners(model).items():
         graph.register_customized_layer(kind, pruner)
-    with torch.no_grad(), undone_after_errors(model):
-        for down, kept in plan.keep.items():
-            for group in cut(graph, plan.sites[down], kept):
-                group.prune(record_history=False)
-        _load(model, folder / WEIGHTS)
-    return plan
+    for down, kept in plan.keep.items():
+        for group in cut(graph, plan.sites[down], kept):
+            group.prune(record_history=False)
 
 
 def create_model(folder: str | os.PathLike[str]) -> nn.Module:

@@ -92,7 +92,8 @@ def adapted(model: nn.Module, names: Sequence[str], rank: int) -> Iterator[None]
             if isinstance(layer, LoraLayer):
                 if merge:
                     layer.merge()
-                model.set_submodule(name, layer.get_base_layer())
+                holder, _, last = name.rpartition(".")
+                setattr(model.get_submodule(holder), last, layer.get_base_layer())
         for attribute in set(vars(model)) - attributes:
             delattr(model, attribute)
 
