@@ -208,6 +208,36 @@ def test_latency_is_a_size_too(
     assert 0.5 < share <= 0.7 + 1e-9
 
 
+@pytest.mark.parametrize("importance", ["entropy", "reconstruction"])
+def test_activation_checkpointing_gives_the_same_plan(importance: str, here: Path) -> None:
+    command = [*PRUNE[:-1], "plain", "--importance", importance]
+    assert main(command) == 0
+    command[command.index("plain")] = "again"
+    assert main([*command, "--activation-checkpointing"]) == 0
+    assert (here / "plain" / "plan.json").read_text() == (here / "again" / "plan.json").read_text()
+
+
+def test_activation_checkpointing_is_refused_where_nothing_would_be_done(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert main([*PRUNE, "--importance", "taylor", "--activation-checkpointing"]) == 2
+    assert "is for --importance reconstruction and entropy" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_how_long_a_run_takes_is_told_without_being_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_amp.estimate.LONG", 0.0)
+    command = [*without("--target", *PRUNE), "--importance", "entropy", "--max-increase", "0.1"]
+    assert main(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("info: scoring takes at most about ") for line in lines)
+    assert any(line.startswith("info: the search takes at most about ") for line in lines)
+    assert any(" the search took " in line for line in lines)
+    assert not any("'auto' took" in line for line in lines)  # that is for --verbose
+
+
 def test_a_saved_model_is_a_model(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     plan = tp_amp.PruningPlan.from_json((saved / "plan.json").read_text())
     found = record(capsys, "inspect", str(saved))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -102,6 +106,56 @@ def test_mlp_ratio_1_gives_the_papers_parameter_counts(name: str) -> None:
         assert count(model) / 1e9 == pytest.approx(tower.dense, rel=0.01)
         narrow_by_hand(model, tower, 1)
     assert count(model) / 1e9 == pytest.approx(tower.ratio_1, rel=0.01)
+
+
+# Mean hidden channels of AMP's MLPs, and billions of parameters then.
+AMP_WIDTH, AMP = 7295, 2.50
+PLAN = """
+import json, resource, sys, time
+from pathlib import Path
+start = time.process_time()
+sys.path.insert(0, sys.argv[1])
+import torch, tp_amp
+from test_paper_sizes import AMP_WIDTH, TOWERS, count, first_channels
+torch.set_num_threads(1)
+counts = {}
+for paper in ("DGMR", "AMP"):
+    with torch.device("meta"):
+        model, image = TOWERS["EVA02-CLIP-E/14+"].build(), torch.randn(1, 3, 224, 224)
+    widths = tp_amp.mlp_ratio_widths(model, image, 1)
+    if paper == "AMP":
+        widths = dict.fromkeys(widths, AMP_WIDTH)
+    plan = tp_amp.plan_from_importance(model, image, first_channels, widths)
+    tp_amp.apply_plan(model, image, tp_amp.PruningPlan.from_json(plan.to_json()))
+    counts[paper] = count(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+seconds = time.process_time() - start
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = Path("/proc/self/status")
+if status.is_file():  # Linux hands ru_maxrss down from the process that started this one
+    memory = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+print(json.dumps([counts, seconds, memory]))
+"""
+
+
+def first_channels(group: Any) -> torch.Tensor:
+    """Scores for a model without weights: the first channels stay."""
+    return -torch.arange(len(group[0].idxs), dtype=torch.float)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no resource")
+def test_the_largest_tower_is_planned_on_the_meta_device() -> None:
+    """4.35 billion parameters, of which none is made: to both papers' sizes, imports included."""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", PLAN, str(tests)]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tests.parent
+    ).stdout
+    counts, seconds, memory = json.loads(output)
+    assert counts["DGMR"] / 1e9 == pytest.approx(TOWERS["EVA02-CLIP-E/14+"].ratio_1, rel=0.01)
+    assert counts["AMP"] / 1e9 == pytest.approx(AMP, rel=0.01)
+    assert seconds < 60
+    assert memory < 2e9
 
 
 SMALL = {

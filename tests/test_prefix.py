@@ -12,10 +12,11 @@ import timm
 import torch
 from test_pruner import data, pruner_of
 from torch import Tensor, nn
-from toys import images, toy
+from toys import Block, ToyViT, images, perturbed, toy
 from zoo import TIMM, hugging_face_models, open_clip_models
 
 import tp_amp
+from tp_amp import prefix
 
 
 def plan_of(model: nn.Module, cache_bytes: int, **options: Any) -> str:
@@ -137,6 +138,134 @@ def test_forward_passes_are_given_back_after_an_error() -> None:
     with pytest.raises(KeyboardInterrupt):
         pruner.step()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Counted(nn.Linear):
+    """A Linear that counts its own runs, which no hook does where it is not run."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+
+class Wider(Block):
+    """A block with a layer that the others don't have."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 20, gated=False, bias=True)
+        self.extra = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.extra(x))
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_layer_that_stays_dense_leaves_nothing_to_the_next(
+    uneven: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What ran before it in its block is none of the next block's, and that is not run again."""
+    runs = {}
+    for limit in (2**30, 0):
+        torch.manual_seed(0)
+        model = ToyViT(depth=3)
+        if uneven:
+            model.blocks[2] = Wider()
+        model = perturbed(model)
+        query = model.blocks[0].query
+        counted = Counted(12, 12)
+        counted.load_state_dict(query.state_dict())
+        model.blocks[0].query = counted
+        importance = tp_amp.GramSchmidtImportance()
+        options = {"importance": importance, "objective": Rising(), "max_increase": 0.0}
+        pruner = pruner_of(model, cache_bytes=limit, **options)
+        counted.runs = 0
+        with caplog.at_level(logging.WARNING):
+            pruner.step()
+        assert pruner.plan.widths == pruner.plan.dense_widths
+        runs[limit] = counted.runs
+    assert "the batches are others" not in caplog.text
+    # Two batches of the dense model, and of five probes of three layers. Else the first batch to
+    # check the chain, the dense model, what the blocks give, and what the first one gives inside.
+    assert runs == {0: 2 + 2 * 5 * 3, 2**30: 1 + 2 + 2 + 2}
+
+
+class Rising:
+    """An objective that rises from call to call, so that no width is accepted."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        self.calls += 1
+        return output.sum() * 0 + self.calls
+
+
+class Device:
+    """Stands in for an accelerator: what is kept has another dtype, in which no layer runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stored = self.fetched = 0
+        monkeypatch.setattr(prefix, "_on_host", self.store)
+        monkeypatch.setattr(prefix, "_on_device", self.fetch)
+
+    def store(self, values: Tensor) -> Tensor:
+        assert values.dtype == torch.float32
+        self.stored += 1
+        return values.double()
+
+    def fetch(self, values: Tensor, device: torch.device) -> Tensor:
+        assert values.dtype == torch.float64
+        assert device == torch.device("cpu")
+        self.fetched += 1
+        return values.float()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_kept_goes_to_the_host_and_back(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy(depth=4)
+    plain = plan_of(model, 0, **options)
+    device = Device(monkeypatch)
+    assert plan_of(model, 2**30, **options) == plain
+    assert device.stored > 4
+    assert device.fetched > device.stored
+
+
+def test_on_the_cpu_nothing_is_copied() -> None:
+    values = torch.randn(3)
+    kept = prefix._kept(values)
+    assert kept.values is values
+    assert kept.back() is values
+    shape = torch.empty(3, device="meta")
+    assert prefix._kept(shape).back() is shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_what_is_kept_lies_in_pinned_host_memory() -> None:
+    values = torch.randn(3, 5, device="cuda").T
+    kept = prefix._kept(values)
+    assert kept.values.is_pinned()
+    assert torch.equal(kept.back(), values)
+    assert kept.back().stride() == values.stride()
+    model = toy(depth=4).cuda()
+    assert plan_of(model, 2**30) == plan_of(model, 0)
+
+
+def test_memory_above_the_limit_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the first batch has run to its end."""
+    most, one = [0], 4 * 4 * 12 * 4  # images, tokens, channels, bytes
+    keep = prefix.Prefix._keep
+
+    def measured(self: prefix.Prefix, name: str, output: Any) -> None:
+        keep(self, name, output)
+        most.append(sum(e.values.nbytes for kept in self._given.values() for e in kept))
+
+    monkeypatch.setattr(prefix.Prefix, "_keep", measured)
+    plan_of(toy(depth=8), 2 * 2 * one)
+    assert max(most) == 2 * 2 * one
 
 
 @pytest.mark.timing

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tp_amp.dimap import dimap_scopes as dimap_scopes
     from tp_amp.dimap import dimap_sparsify as dimap_sparsify
     from tp_amp.distillation import distill as distill
+    from tp_amp.estimate import Estimate as Estimate
     from tp_amp.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
     from tp_amp.gram_schmidt import gram_schmidt_order as gram_schmidt_order
     from tp_amp.heads import Attention as Attention
@@ -50,6 +51,7 @@ _MODULES = {
     "Comparison": "comparison",
     "DIMAPImportance": "dimap",
     "EntropyTaylorImportance": "importance",
+    "Estimate": "estimate",
     "GramSchmidtImportance": "gram_schmidt",
     "Inspection": "inspection",
     "Measurement": "measuring",

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from tp_amp.checkpoint import Checkpoint
 from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed
 from tp_amp.distributed import check_same, merged
+from tp_amp.estimate import Estimate, Profile, Stopwatch, check, estimate_search, profiled, tell
 from tp_amp.heads import Attention
 from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply, corrected, given_weights, place_weights
@@ -72,6 +74,7 @@ class WidthSearch:
         round_to: widths of a site are multiples of it.
         foreseen: the width to try first for an allowed increase (nats), None for the middle.
         steps: widths tried for each site at most.
+        most_probes: how many widths of a site are tried at most, for the estimate.
         compensator: corrects a cut layer before it is judged.
         test: judges by as few images as it can, in place of `entropy`. What it accepts last for a
             site is run on all images: the next site is compared with that, and a wrong verdict
@@ -93,6 +96,7 @@ class WidthSearch:
         round_to: Callable[[Site], int],
         foreseen: Callable[[Site, float], int | None],
         steps: int,
+        most_probes: Callable[[Site], int],
         compensator: Compensator,
         test: SequentialTest | None,
         prefix: Prefix,
@@ -101,7 +105,7 @@ class WidthSearch:
     ) -> None:
         self.graph, self.sites, self.rank = graph, sites, rank
         self.minimum, self.round_to, self.steps = minimum, round_to, steps
-        self.foreseen = foreseen
+        self.foreseen, self.most_probes = foreseen, most_probes
         self.compensator, self.progress = compensator, progress
         self._entropy, self._test, self._rescore = entropy, test, rescore
         self.prefix, self._checkpoint = prefix, checkpoint
@@ -120,7 +124,12 @@ class WidthSearch:
         if not rescore and not self._orders:
             self._orders = self._ranked(sites)
             self._write()
-        self.dense_entropy = self._measured("")
+        with profiled(self.graph.model, prefix.steps) as profile:
+            timed = not self._is_known("")
+            self.dense_entropy = self._measured("")
+        self._profile: Profile | None = profile if timed else None
+        if not timed:
+            logger.info("no estimate of the time: the dense entropy comes from the checkpoint")
 
     def run(self, max_increase: Mapping[str, float]) -> Found:
         """Find every width; whatever happens, the model is afterwards as it was.
@@ -131,6 +140,11 @@ class WidthSearch:
         found, reference = Found(), Accepted("", self.dense_entropy)
         self._pending.clear()
         self.prefix.reset()
+        self._watch = Stopwatch()
+        self._made = dict.fromkeys(self.sites, 0)
+        foreseen = self._estimate([self.most_probes(site) for site in self.sites])
+        if foreseen is not None:
+            tell("the search", foreseen)
         with ExitStack() as self._pruned:
             bars = bar(
                 range(len(self.sites) * self.steps), description="search", progress=self.progress
@@ -150,6 +164,11 @@ class WidthSearch:
                 found.keep[site.down], found.probes[site.down] = kept, tried
             bars.close()
         self.prefix.reset()
+        # Fewer probes than foreseen are made where some are known, or a sequential test is certain.
+        needed = self._estimate(list(self._made.values()))
+        if needed is not None:
+            size = self.prefix.most + self.compensator.most_bytes(self.sites)
+            check("the search", needed, Estimate(self._watch.seconds, size))
         return found
 
     def _bisect(
@@ -182,6 +201,14 @@ class WidthSearch:
             # On all images, after which a wrong verdict is another one.
             judge.settle(widths.state(best.width))
 
+    def _estimate(self, probes: Sequence[int]) -> Estimate | None:
+        """What the forward passes of some probes of each site take; None if none was timed."""
+        if self._profile is None:
+            return None
+        places = [self.prefix.place(site) for site in self.sites]
+        found = estimate_search(self._profile, places, probes, self.prefix.limit)
+        return replace(found, bytes=found.bytes + self.compensator.most_bytes(self.sites))
+
     def smallest(self) -> dict[str, int]:
         """The widths if every probe were accepted."""
         widths = {}
@@ -204,12 +231,12 @@ class WidthSearch:
         state = widths.state(width)
         if judge is None:
             if state not in self._known:
-                with self._as_cut(widths, width):
+                with self._as_cut(widths, width), self._watch:
                     self.prefix.run(widths.site, lambda: self._measured(state))
             return self._known[state]
         while (value := judge.entropy(state)) is None:  # once
             start = judge.test.measured(state)
-            with self._as_cut(widths, width):
+            with self._as_cut(widths, width), self._watch:
                 self.prefix.run(widths.site, lambda: judge.measure(state), start)
             self._write()
         return value
@@ -218,7 +245,9 @@ class WidthSearch:
     def _as_cut(self, widths: Widths, width: int) -> Iterator[None]:
         """The model as cut so far, and one more site cut."""
         self._settle()
-        self.prefix.prepare(widths.site)
+        self._made[widths.site] += 1
+        with self._watch:
+            self.prefix.prepare(widths.site)
         with ExitStack() as stack:
             self._cut(stack, widths.site, widths.kept(width))
             yield
@@ -241,6 +270,9 @@ class WidthSearch:
             self._known[state] = self._entropy()
             self._write()
         return self._known[state]
+
+    def _is_known(self, state: str) -> bool:
+        return state in self._known if self._test is None else self._test.complete(state)
 
     def _order(self, site: Site, before: tuple[int, ...]) -> list[int]:
         if not self._rescore:
@@ -294,6 +326,12 @@ class Compensator:
             self.places = place_weights(recipe, graph.model, layers, inputs)
         self._moments: tuple[str, Moments] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
+
+    def most_bytes(self, sites: Iterable[Site]) -> int:
+        """What the second moments of the widest layer take, in float64."""
+        if self.recipe.method == "none":
+            return 0
+        return 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
 
     def correction(self, site: Site, kept: list[int]) -> Correction | None:
         """The correction of a site's `down` once only `kept` channels or heads are left."""

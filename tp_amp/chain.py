@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, hooks
+from tp_amp._state import evaluating, hooks, shapes_first
 from tp_amp.batches import Inputs
 
 
@@ -53,28 +53,72 @@ def find_chain(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[S
     Returns:
         The chain; one step that is the whole model where there is none.
     """
+    covered, chain = _longest(_candidates(model, inputs), names)
+    if covered < len(names) or not names:
+        return [Step("")]
+    return [Step(call.name, call.rest) for call in chain]
+
+
+def find_blocks(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Find the modules that make up most of a model and run one after another.
+
+    They are the steps of the chain that holds most of the Linears and convolutions that are called;
+    none of them holds more than half of these.
+
+    Args:
+        model: the model.
+        inputs: of one call.
+
+    Returns:
+        Module paths in the order of the calls; none where they hold less than half of the layers.
+    """
+    calls = _candidates(model, inputs)
+    types = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = [call.name for call in calls if isinstance(model.get_submodule(call.name), types)]
+    held = {call.name: _held(call, layers) for call in calls}
+    covered, chain = _longest([c for c in calls if 2 * held[c.name] <= len(layers)], layers)
+    if 2 * covered < len(layers):
+        return []
+    return [call.name for call in chain if held[call.name] and call.name not in layers]
+
+
+def _candidates(model: nn.Module, inputs: Inputs) -> list[_Call]:
+    """The calls that may be steps: what else they are called with is the same for all images.
+
+    Shapes tell it, unless tensors among the arguments have to be compared.
+    """
+    return shapes_first(model, inputs, lambda given, _: _steady(model, given))
+
+
+def _steady(model: nn.Module, inputs: Inputs) -> list[_Call]:
     others = {call.name: call for call in _record(model, _others(inputs))}
-    calls = [
+    return [
         call
         for call in _record(model, inputs)
         if call.name in others and _same(call.rest, others[call.name].rest)
     ]
+
+
+def _held(call: _Call, names: Sequence[str]) -> int:
+    """How many of some layers a module is or holds."""
+    return sum(name == call.name or name.startswith(f"{call.name}.") for name in names)
+
+
+def _longest(calls: Sequence[_Call], names: Sequence[str]) -> tuple[int, list[_Call]]:
+    """The chain that covers most of some layers, of these the longest, and how many it covers."""
     best: dict[tuple[int, int], tuple[int, int, Any]] = {}
     top: tuple[int, int, Any] = (0, 0, None)
     for call in sorted(calls, key=lambda call: -call.order):
-        covered = sum(name == call.name or name.startswith(f"{call.name}.") for name in names)
         after = best.get(call.after, (0, 0, None))
-        path = (covered + after[0], 1 + after[1], (call, after[2]))
+        path = (_held(call, names) + after[0], 1 + after[1], (call, after[2]))
         if path[:2] > best.get(call.before, (0, 0, None))[:2]:
             best[call.before] = path
             top = max(top, path, key=lambda path: path[:2])
-    if top[0] < len(names) or not names:
-        return [Step("")]
-    steps, rest = [], top[2]
+    chain, rest = [], top[2]
     while rest:
         call, rest = rest
-        steps.append(Step(call.name, call.rest))
-    return steps
+        chain.append(call)
+    return top[0], chain
 
 
 def _record(model: nn.Module, inputs: Inputs) -> list[_Call]:
@@ -106,9 +150,15 @@ def _record(model: nn.Module, inputs: Inputs) -> list[_Call]:
         tuple(map(_with_gradient, inputs.args)),
         {key: _with_gradient(value) for key, value in inputs.kwargs.items()},
     )
-    with torch.enable_grad(), evaluating(model, trainable=False), hooks(handles):
+    # Who depends on whom is asked alone: nothing is kept for a backward pass.
+    unkept = torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
+    with torch.enable_grad(), evaluating(model, trainable=False), hooks(handles), unkept:
         images.call(model)
     return [call for call in calls if counts[call.name] == 1]
+
+
+def _nothing(_: Any) -> Any:
+    return None
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:
@@ -135,6 +185,8 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
+        if one.is_meta:
+            raise ValueError("values are needed to compare arguments")
         return torch.equal(one, other)
     if isinstance(one, dict):
         one, other = list(one.items()), list(other.items())

@@ -70,14 +70,17 @@ def _mistake(error: Exception) -> str | None:
 def _logging(verbose: bool) -> Iterator[None]:
     """Show warnings on stderr, those of the libraries too, and with `verbose` our own steps."""
     root, own = logging.getLogger(), logging.getLogger("tp_amp")
-    handler, level = _Lines(), own.level
+    estimates = logging.getLogger("tp_amp.estimate")
+    handler, level, told = _Lines(), own.level, estimates.level
     root.addHandler(handler)
     own.setLevel(logging.INFO if verbose else logging.WARNING)
+    estimates.setLevel(logging.INFO)  # how long a run takes, everybody wants to know
     try:
         yield
     finally:
         root.removeHandler(handler)
         own.setLevel(level)
+        estimates.setLevel(told)
 
 
 class _Lines(logging.Handler):

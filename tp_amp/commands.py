@@ -36,7 +36,7 @@ from tp_amp.help_texts import IMPORTANCES
 from tp_amp.images import open_images
 from tp_amp.mlps import MLP, read_mlps
 from tp_amp.plan import PruningPlan
-from tp_amp.pruning import FACTORIES, LABELLED, composed, prune_model
+from tp_amp.pruning import FACTORIES, LABELLED, RECOMPUTING, composed, prune_model
 from tp_amp.report import Report
 from tp_amp.saving import PLAN
 from tp_amp.staging import check_output, staging
@@ -98,6 +98,11 @@ def compare(options: Namespace) -> Answer:
 
 def prune(options: Namespace) -> Answer:
     """Cut a model, compensate, and write it whole or not at all."""
+    if options.activation_checkpointing and options.importance not in RECOMPUTING:
+        raise ValueError(
+            f"--activation-checkpointing is for --importance {' and '.join(RECOMPUTING)}; leave it "
+            f"out, {options.importance} runs without"
+        )
     output = Path(options.output)
     check_output(output, options.overwrite)
     images = open_images(options.data, options.split)

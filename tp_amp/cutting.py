@@ -34,10 +34,13 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     (packed gated MLPs, rotary embeddings), and no walk over the graph is needed. The root is the
     first `up` as in TP, or `down` where several rows of `up` make one channel.
     """
-    rows = [j + part * mlp.width for part in range(mlp.packed) for j in channels]
+    rows = list(channels)
+    for part in range(1, mlp.packed):
+        rows += [j + part * mlp.width for j in channels]
     layers = [(name, "prune_out_channels", rows) for name in mlp.up]
     layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
-    down = (mlp.down, "prune_in_channels", [mlp.first + j for j in channels])
+    read = [mlp.first + j for j in channels] if mlp.first else list(channels)
+    down = (mlp.down, "prune_in_channels", read)
     layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
     handlers = []
     for name, side, indices in layers:

@@ -64,11 +64,11 @@ class GroupLayer:
 
 def group_layers(group: Any) -> Iterator[GroupLayer]:
     """Yield the Linears and convolutions of a group whose root channels are all known."""
-    places = {root: place for place, root in enumerate(group[0].idxs)}
+    places = dict(zip(group[0].idxs, range(len(group[0].idxs)), strict=True))
     for item in group.items:
         side = _SIDES.get(item.dep.handler)
         # Grouped-query attention leaves None among the root indices.
-        if side is None or any(root not in places for root in item.root_idxs):
+        if side is None or not places.keys() >= set(item.root_idxs):
             continue
         module = item.dep.target.module
         name = group._DG._module2name[module]
@@ -78,7 +78,7 @@ def group_layers(group: Any) -> Iterator[GroupLayer]:
                 f"the group has channel {max(item.idxs)} of {name}, which has {channels}; it was "
                 "made before a cut: make a new one"
             )
-        roots = [places[root] for root in item.root_idxs]
+        roots = list(map(places.__getitem__, item.root_idxs))
         yield GroupLayer(name, module, side, list(item.idxs), roots)
 
 

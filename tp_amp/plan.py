@@ -113,7 +113,7 @@ class PruningPlan:
             )
         try:
             plan = cls(
-                keep={str(n): [_index(i) for i in kept] for n, kept in record["keep"].items()},
+                keep={str(n): _indices(kept) for n, kept in record["keep"].items()},
                 dense_widths={str(n): _index(w) for n, w in record["dense_widths"].items()},
                 probes={
                     str(name): [Probe(_index(w), _number(e), bool(a)) for w, e, a in probes]
@@ -323,6 +323,12 @@ def _lines(value: Any) -> str:
     if not isinstance(value, dict):
         return json.dumps(value)
     return "{" + ",".join(f"\n    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "}"
+
+
+def _indices(values: Any) -> list[int]:
+    if set(map(type, values)) <= {int}:  # a million of them in the largest models
+        return list(values)
+    return [_index(value) for value in values]
 
 
 def _index(value: Any) -> int:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, seeded, some_values
+from tp_amp._state import evaluating, replaced_forward, seeded, some_values
 from tp_amp.batches import Inputs, one_image, stream
 from tp_amp.chain import all_tensors, find_chain
 from tp_amp.cutting import Site
@@ -33,17 +33,18 @@ class Prefix:
         model: of the search.
         sites: what is cut.
         batches: of the search; the same ones in the same order each time, else all is run.
-        limit: bytes that may be kept. Beyond it, what earlier blocks gave is dropped, and computed
-            when the search comes there; 0 keeps nothing.
+        limit: bytes that may be kept, in host memory. Beyond it, what earlier blocks gave is
+            dropped, and computed when the search comes there; 0 keeps nothing.
     """
 
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], limit: int
     ) -> None:
         self.model, self.batches, self.limit = model, batches, limit
+        self.most = 0  # bytes that were kept at one time
         self.steps: list[str] = []
         if limit > 0:
-            with self._passes() as passes:
+            with self.passes() as passes:
                 first = one_image(next(passes), 2)
             chain = find_chain(model, first, [site.name for site in sites])
             self.steps = [step.name for step in chain if step.name]
@@ -54,19 +55,19 @@ class Prefix:
 
     def reset(self) -> None:
         """Forget everything, for a model that is another."""
-        self._given: dict[str, list[Tensor]] = {}  # what steps gave, one entry for each batch
-        self._inside: tuple[str, dict[str, list[Tensor]]] = ("", {})  # and modules of one step
+        self._given: dict[str, list[Any]] = {}  # what steps gave, one entry for each batch
+        self._inside: tuple[str, dict[str, list[Any]]] = ("", {})  # and modules of one step
         self._first: list[bytes] = []  # a few values of what the first step read
 
     def changed(self, site: Site) -> None:
         """A site was cut for good: what its step and those after it gave holds no longer."""
-        for name in self.steps[self._place(site) or 0 :]:
+        for name in self.steps[self.place(site) or 0 :]:
             self._given.pop(name, None)
         self._inside = ("", {})
 
     def prepare(self, site: Site) -> None:
         """Keep what comes before a site that is not cut yet."""
-        place = self._place(site)
+        place = self.place(site)
         if place is None:
             return
         try:
@@ -79,7 +80,7 @@ class Prefix:
 
     def run(self, site: Site, function: Callable[[], T], start: int = 0) -> T:
         """Call a function that runs the model, cut at `site`, on the batches from `start` on."""
-        place = self._place(site)
+        place = self.place(site)
         whole = place is None or self._inside[0] != site.down
         try:
             with nullcontext() if whole else self._replayed(place or 0, start):
@@ -93,7 +94,7 @@ class Prefix:
 
     def _read_elsewhere(self, sites: Sequence[Site], inputs: Inputs) -> bool:
         """Whether the model reads what a step gives other than by the next step."""
-        place = max((self._place(site) or 0 for site in sites), default=0)
+        place = max((self.place(site) or 0 for site in sites), default=0)
         if not place:
             return False
         name = self.steps[place - 1]
@@ -103,7 +104,7 @@ class Prefix:
                 output = inputs.call(self.model)
             if type(given[0]) is not Tensor:
                 return False  # told when they are collected
-            self._given = {name: given}
+            self._given = {name: [_kept(given[0])]}
             try:
                 with seeded(0), self._replayed(place):
                     again = inputs.call(self.model)
@@ -114,7 +115,8 @@ class Prefix:
         same = len(values) == len(others) > 0 and all(torch.equal(a, b) for a, b in pairs)
         return not same
 
-    def _place(self, site: Site) -> int | None:
+    def place(self, site: Site) -> int | None:
+        """The step that a site lies in, of `steps`; None where every probe runs the whole model."""
         name = f"{site.name}."
         return next((i for i, s in enumerate(self.steps) if name.startswith(f"{s}.")), None)
 
@@ -124,7 +126,7 @@ class Prefix:
         self.reset()
 
     @contextmanager
-    def _passes(self) -> Iterator[Iterator[Any]]:
+    def passes(self) -> Iterator[Iterator[Any]]:
         """The batches, with the model as the search's objective runs it."""
         with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
             yield stream(self.batches, self.model, description="prefix", progress=False)
@@ -132,7 +134,8 @@ class Prefix:
     def _collect(self, place: int) -> None:
         """Run all batches up to a step; keep what the steps before it give, the last that fit."""
         self._given, self._first = {name: [] for name in self.steps[:place]}, []
-        with ExitStack() as stack, self._passes() as passes:
+        self._size = 0  # bytes in them
+        with ExitStack() as stack, self.passes() as passes:
             stack.enter_context(self._first_seen())
             for name in self.steps[:place]:
                 keep = partial(self._keep, name)
@@ -141,20 +144,25 @@ class Prefix:
             for inputs in passes:
                 with suppress(_Stop):
                     inputs.call(self.model)
-                while self._given and _bytes(self._given) > self.limit:
-                    del self._given[next(iter(self._given))]
+        self.most = max(self.most, _bytes(self._given))
         last = self._given.get(self.steps[place - 1], [])
-        if not all(type(output) is Tensor for output in last):
+        if not all(isinstance(output, _Kept) for output in last):
             self._give_up("the blocks return more than a tensor", logging.INFO)
         elif not last:
             self._give_up("what one block gives is above the limit", logging.INFO)
 
     def _keep(self, name: str, output: Any) -> None:
-        if name in self._given:  # else it did not fit
-            self._given[name].append(output)
+        if name not in self._given:  # it did not fit
+            return
+        self._given[name].append(_kept(output))
+        self._size += _bytes({name: self._given[name][-1:]})
+        while self._given and self._size > self.limit:
+            earliest = next(iter(self._given))
+            self._size -= _bytes({earliest: self._given.pop(earliest)})
 
     def _look_inside(self, site: Site, place: int) -> None:
         """Keep what the modules of a step give that are done before the site's first layer runs."""
+        self._inside = ("", {})  # of another block, where nothing was cut for good since
         block = self.model.get_submodule(self.steps[place])
         self._inside = ("", {})  # of another step, whose modules have the same names
         done: dict[str, list[Any]] = {}
@@ -165,10 +173,10 @@ class Prefix:
         def keep(name: str, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
             if not started and (wanted is None or name in wanted):
-                done.setdefault(name, []).append(output)
+                done.setdefault(name, []).append(_kept(output))
 
         names = [name for name, module in block.named_modules() if name and _is_large(module)]
-        with ExitStack() as stack, self._passes() as passes:
+        with ExitStack() as stack, self.passes() as passes:
             if not place:
                 self._first = []
                 stack.enter_context(self._first_seen())
@@ -176,12 +184,14 @@ class Prefix:
                 stack.enter_context(_seen(block.get_submodule(name), partial(keep, name)))
             for name in site.up:
                 up = self.model.get_submodule(name)
-                stack.enter_context(_forward(up, _announced(lambda _: started.append(True))))
+                stack.enter_context(
+                    replaced_forward(up, _announced(lambda _: started.append(True)))
+                )
             stack.enter_context(self._replayed(place))
             # The first batch runs to the end, to see which modules are called again.
             inputs = next(passes)
             inputs.call(self.model)
-            once = {n for n in done if started and calls[n] == 1 and type(done[n][0]) is Tensor}
+            once = {n for n in done if started and calls[n] == 1 and isinstance(done[n][0], _Kept)}
             wanted = {n for n in once if not any(n.startswith(f"{other}.") for other in once)}
             done = {name: done[name] for name in wanted}
             for name in site.up:
@@ -193,6 +203,7 @@ class Prefix:
         whole = all(len(outputs) == len(self._first) for outputs in done.values())
         fits = _bytes(self._given) + _bytes(done) <= self.limit
         self._inside = (site.down, done if whole and fits else {})
+        self.most = max(self.most, _bytes(self._given) + _bytes(self._inside[1]))
 
     def _stopped(self, name: str) -> Any:
         """A pass that ends where a module would run."""
@@ -200,12 +211,14 @@ class Prefix:
         def stop(_: Any) -> None:
             raise _Stop
 
-        return _forward(self.model.get_submodule(name), _announced(stop))
+        return replaced_forward(self.model.get_submodule(name), _announced(stop))
 
     def _first_seen(self) -> Any:
         """Remember what the first step reads, to know the batches again."""
         first = self.model.get_submodule(self.steps[0])
-        return _forward(first, _announced(lambda state: self._first.append(some_values(state))))
+        return replaced_forward(
+            first, _announced(lambda state: self._first.append(some_values(state)))
+        )
 
     @contextmanager
     def _replayed(self, place: int, start: int = 0) -> Iterator[None]:
@@ -213,7 +226,9 @@ class Prefix:
         modules = [self.model.get_submodule(name) for name in self.steps[: place + 1]]
         with ExitStack() as stack:
             for module in modules[: max(0, place - 1)]:
-                stack.enter_context(_forward(module, lambda _: lambda state, *_a, **_k: state))
+                stack.enter_context(
+                    replaced_forward(module, lambda _: lambda state, *_a, **_k: state)
+                )
             if place:
                 outputs = self._given[self.steps[place - 1]]
                 stack.enter_context(_given(modules[place - 1], outputs[start:]))
@@ -221,8 +236,38 @@ class Prefix:
                 stack.enter_context(_given(modules[place].get_submodule(name), outputs[start:]))
             if self._first:
                 first = iter(self._first[start:])
-                stack.enter_context(_forward(modules[0], _announced(lambda x: _check(x, first))))
+                stack.enter_context(
+                    replaced_forward(modules[0], _announced(lambda x: _check(x, first)))
+                )
             yield
+
+
+class _Kept(NamedTuple):
+    """What a module gave, in host memory, and the device that it belongs on."""
+
+    values: Tensor
+    device: torch.device
+
+    def back(self) -> Tensor:
+        return _on_device(self.values, self.device)
+
+
+def _kept(output: Any) -> Any:
+    return _Kept(_on_host(output), output.device) if type(output) is Tensor else output
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """A copy in host memory, pinned of what CUDA holds: torch pins where a copy may be late.
+
+    Nothing but the copy back reads it, which the device does after this one.
+    """
+    if values.device.type in ("cpu", "meta"):
+        return values
+    return values.to("cpu", non_blocking=values.is_cuda)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 class _Stop(Exception):
@@ -238,24 +283,10 @@ def _check(state: Tensor, first: Iterator[bytes]) -> None:
         raise _OtherBatch
 
 
-@contextmanager
-def _forward(module: nn.Module, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Give a module a forward pass made from its own; no hook, which may switch fast paths off."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = make(module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-def _given(module: nn.Module, outputs: list[Tensor]) -> Any:
+def _given(module: nn.Module, outputs: list[Any]) -> Any:
     """A module that gives what it gave, and runs nothing."""
     rest = iter(outputs)
-    return _forward(module, lambda own: lambda *_, **__: next(rest))
+    return replaced_forward(module, lambda own: lambda *_, **__: next(rest).back())
 
 
 def _seen(module: nn.Module, keep: Callable[[Any], None]) -> Any:
@@ -269,7 +300,7 @@ def _seen(module: nn.Module, keep: Callable[[Any], None]) -> Any:
 
         return forward
 
-    return _forward(module, make)
+    return replaced_forward(module, make)
 
 
 def _announced(tell: Callable[[Any], None]) -> Callable[[Any], Any]:
@@ -291,5 +322,5 @@ def _is_large(module: nn.Module) -> bool:
 
 
 def _bytes(kept: dict[str, list[Any]]) -> int:
-    tensors = (tensor for outputs in kept.values() for tensor in outputs)
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    entries = (entry for outputs in kept.values() for entry in outputs)
+    return sum(entry.values.nbytes for entry in entries if isinstance(entry, _Kept))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.compensation import Correction, Method
 from tp_amp.cutting import Site, cut
 from tp_amp.distributed import check_same_weights, together
+from tp_amp.estimate import Estimate, estimate_search, profiled
 from tp_amp.graph import TolerantGraph, build_graph
 from tp_amp.heads import Attention
 from tp_amp.importance import EntropyTaylorImportance
@@ -36,7 +37,7 @@ from tp_amp.pruner_checks import check_data, check_numbers, without_ignored
 from tp_amp.recipe import Recipe, apply
 from tp_amp.reconstruction import ReconstructionImportance
 from tp_amp.refit import fit
-from tp_amp.search import Probe, accepted
+from tp_amp.search import Probe, accepted, most_probes
 from tp_amp.sequential import Forwards, SequentialTest
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
             lose.
         ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
-        cache_bytes: how much of what the blocks before the one at hand give may be kept on the
-            model's device. Probes then run only the rest of the model, with the same result; what
-            does not fit is computed again on the way. 0 runs the whole model for every probe.
+        cache_bytes: how much of what the blocks before the one at hand give may be kept in host
+            memory, pinned for a model on CUDA. Probes then run only the rest of the model, with the
+            same result; what does not fit is computed again on the way. 0 runs the whole model for
+            every probe.
         error_probability: stop a probe as soon as it is accepted or rejected with at most this
             probability of another verdict than on all calibration images, 0.05 say; see
             `SequentialTest`. The width found for a layer is tried on all images, so that it is
@@ -238,6 +240,33 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         """Search every width and cut, or with `interactive` yield the groups to prune."""
         return super().step(interactive=interactive)
 
+    @torch.inference_mode(False)
+    def estimate(self) -> Estimate:
+        """Tell what the search takes at most, by the time of one batch, before `step`.
+
+        These are its forward passes with one tolerance; scoring, the work of the compensation, and
+        further tolerances of a target come on top. `step` tells the same by a pass over all
+        batches, and at its end what it took.
+
+        Raises:
+            ValueError: the model fails on the images.
+        """
+        prefix = Prefix(self.model, self._sites, self.calibration, self.cache_bytes)
+        with prefix.passes() as passes:
+            first = next(passes)
+            first.call(self.model)  # what is slow for the first time only
+            with profiled(self.model, prefix.steps) as profile:
+                first.call(self.model)
+            if isinstance(self.calibration, Sized):
+                count = len(self.calibration)
+            else:
+                count = 1 + sum(1 for _ in passes)
+        places = [prefix.place(site) for site in self._sites]
+        probes = [self._most_probes(site) for site in self._sites]
+        found = estimate_search(profile.times(count), places, probes, self.cache_bytes)
+        compensator = Compensator(self.DG, self.compensation_data, self.recipe)
+        return replace(found, bytes=found.bytes + compensator.most_bytes(self._sites))
+
     def _prune(self) -> Iterator[Any]:
         if self._pruned:
             logger.warning("the model was pruned by step() before; nothing more is pruned")
@@ -297,6 +326,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
             foreseen=self._foreseen,
             steps=self.steps,
+            most_probes=self._most_probes,
             compensator=Compensator(
                 self.DG, self.compensation_data, self.recipe, [site.down for site in self._sites]
             ),
@@ -372,6 +402,15 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         smallest: int = self.min_width if isinstance(site, MLP) else 1
         kept: int = math.ceil(site.width * (1 - self.max_pruning_ratio))
         return max(smallest, kept)
+
+    def _most_probes(self, site: Site) -> int:
+        return most_probes(
+            site.width,
+            steps=self.steps,
+            minimum=self._minimum(site),
+            round_to=self.round_to if isinstance(site, MLP) else 1,
+            first=self._foreseen(site, math.inf),
+        )
 
     def _foreseen(self, site: Site, increase: float) -> int | None:
         """The smallest width whose foreseen loss, once compensated, is the allowed one."""

@@ -18,7 +18,9 @@ from tp_amp.scoring import forget, make_ready
 logger = logging.getLogger(__name__)
 
 LABELLED = ("taylor", "hessian")
-FACTORIES: dict[str, Callable[[], Any]] = {
+# Those whose backward pass is tp_amp's own.
+RECOMPUTING = ("reconstruction", "entropy")
+FACTORIES: dict[str, Callable[..., Any]] = {
     "reconstruction": tp_amp.ReconstructionImportance,
     "entropy": tp_amp.EntropyTaylorImportance,
     "gram-schmidt": tp_amp.GramSchmidtImportance,
@@ -41,7 +43,8 @@ def prune_model(
     options: Namespace,
 ) -> PruningPlan:
     """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
-    importance = FACTORIES[options.importance]()
+    recompute = {"activation_checkpointing": True} if options.activation_checkpointing else {}
+    importance = FACTORIES[options.importance](**recompute)
     layers = [mlp.down for mlp in mlps]
     if options.prune_num_heads:
         layers += [attention.down for attention in tp_amp.find_attentions(model, inputs)]

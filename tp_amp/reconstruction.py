@@ -91,6 +91,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         temperature: of the similarity softmax.
         data: an iterable of batches. With it, activations are collected on the first group asked
             about, and a layer's again when its weight has changed since.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Attributes:
         orders: module path of each layer -> its input channels, the best first `(in,)`.
@@ -117,11 +118,14 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         objective: str | Callable[[Any], Tensor] | None = "auto",
         temperature: float = 1 / 15,
         data: Iterable[Any] | None = None,
+        *,
+        activation_checkpointing: bool = False,
     ) -> None:
         if data is not None:
             check_batches(data, repeatable=True)
         self.objective = None if objective is None else Objective(objective, temperature)
         self.data = data
+        self._recompute = activation_checkpointing
         self.orders: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Any, ...]] = {}
@@ -146,7 +150,8 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             progress: show a progress bar on a terminal.
 
         Raises:
-            ValueError: a layer is none of these, or is never called, or weights are not finite.
+            ValueError: a layer is none of these, or is never called, or weights are not finite, or
+                the model has no blocks one after another for `activation_checkpointing`.
             TypeError: `batches` can't be iterated, or not again where that is needed.
         """
         check_finite(model)
@@ -183,7 +188,13 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         if self.objective is None:
             return {}
         found = output_sensitivity(
-            model, layers, batches, self.objective, skip_unused=skip_unused, progress=progress
+            model,
+            layers,
+            batches,
+            self.objective,
+            skip_unused=skip_unused,
+            activation_checkpointing=self._recompute,
+            progress=progress,
         )
         roots = {}
         for name, matrix in found.items():

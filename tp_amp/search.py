@@ -50,17 +50,40 @@ def search_width(
         >>> [(probe.width, probe.accepted) for probe in probes]
         [(4, False), (6, True), (5, True)]
     """
-    left, right = -(-minimum // round_to) - 1, -(-width // round_to)
+    left, right = _ends(width, minimum, round_to)
     probes: list[Probe] = []
     while len(probes) < steps and right - left > 1:
         middle = (left + right) // 2
         if first is not None and not probes:
-            middle = min(max(-(-first // round_to), left + 1), right - 1)
+            middle = _within(first, left, right, round_to)
         value = entropy(middle * round_to)
         accepted = value - reference <= max_increase
         probes.append(Probe(middle * round_to, value, accepted))
         left, right = (left, middle) if accepted else (middle, right)
     return probes
+
+
+def most_probes(
+    width: int, *, steps: int, minimum: int = 1, round_to: int = 1, first: int | None = None
+) -> int:
+    """How many widths `search_width` tries at most."""
+    left, right = _ends(width, minimum, round_to)
+    if right - left <= 1:
+        return 0
+    halvings = (right - left - 1).bit_length()
+    if first is not None:
+        middle = _within(first, left, right, round_to)
+        halvings = 1 + (max(middle - left, right - middle) - 1).bit_length()
+    return min(steps, halvings)
+
+
+def _ends(width: int, minimum: int, round_to: int) -> tuple[int, int]:
+    """Between which two multiples of `round_to` the width lies; the second is the dense one."""
+    return -(-minimum // round_to) - 1, -(-width // round_to)
+
+
+def _within(first: int, left: int, right: int, round_to: int) -> int:
+    return min(max(-(-first // round_to), left + 1), right - 1)
 
 
 def accepted(probes: list[Probe]) -> Probe | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tp_amp._state import hooks, observing
 from tp_amp.batches import Inputs, stream
 from tp_amp.distributed import Turn, add_up_named, agree, in_turns, of_each, together
 from tp_amp.objectives import Objective, resolve_on
+from tp_amp.recomputing import recomputing
 
 # What the objective does not see of a layer still steers what comes after it.
 _LEAST = 0.1
@@ -24,6 +26,7 @@ def output_sensitivity(
     objective: Objective,
     *,
     skip_unused: bool = False,
+    activation_checkpointing: bool = False,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
@@ -39,20 +42,26 @@ def output_sensitivity(
         batches: unlabelled images.
         objective: what the model is for.
         skip_unused: leave out layers that the objective does not depend on.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
         progress: show a progress bar on a terminal.
 
     Returns:
         Module path -> G, `(outputs, outputs)` in float64.
 
     Raises:
-        ValueError: the objective does not depend on a layer.
+        ValueError: the objective does not depend on a layer, or the model has no blocks one after
+            another for `activation_checkpointing`.
     """
     resolved = resolve_on(objective, model, batches)
     totals: dict[str, Tensor] = {}
     images = 0
-    with together("sensitivity"), observing(model, gradients=True):
+    unprepared = activation_checkpointing
+    with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
         own = stream(batches, model, description="sensitivity", progress=progress)
         for turn in in_turns(own):
+            if unprepared and turn.inputs is not None:
+                stack.enter_context(recomputing(model, turn.inputs))
+                unprepared = False
             gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
                 rows = _rows(model.get_submodule(name), gradient)
@@ -137,20 +146,24 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """The gradients at the outputs of some layers, as these are."""
     outputs: dict[str, Tensor] = {}
+    first_run = True
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return outputs[name]
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            if first_run:  # else a block is run again in the backward pass
+                outputs[name] = output
+            return output
 
         return hook
 
     with hooks(model.get_submodule(n).register_forward_hook(keep(n)) for n in layers):
         loss = _loss(model, turn, objective)
-    if turn.inputs is None:
-        return {}
-    missing = [name for name in layers if name not in outputs]
-    gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        if turn.inputs is None:
+            return {}
+        first_run = False
+        missing = [name for name in layers if name not in outputs]
+        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
     missing += [name for name, gradient in found.items() if gradient is None]
     if missing and not skip_unused:
