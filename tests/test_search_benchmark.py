@@ -17,16 +17,17 @@ def test_steps_off():
 def test_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "STEPS", 2)
     reference.save_reference(random_reference("vit"), "vit", {}, tmp_path)
-    write_parquet(tmp_path / "data", "train", random_images(72, 2), random_labels(72, 2))
+    write_parquet(tmp_path / "data", "train", random_images(80, 2), random_labels(80, 2))
     threads = torch.get_num_threads()
-    options = "--models vit --scoring 8 --images 64 --batch-size 8 --error-probability 0.2"
+    options = "--models vit --scoring 8 --images 64 72 --cached-from 64 --batch-size 8"
+    options += " --error-probability 0.2"
     paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
     search.main([*options.split(), *map(str, paths)])
     torch.set_num_threads(threads)
 
     record = json.loads((tmp_path / "out" / "search.json").read_text())
     assert capsys.readouterr().out.strip().endswith(search.report(record).strip())
-    ways = record["models"]["vit"]
+    ways = record["models"]["vit"]["64"]
     plain, prefix = ways["plain"], ways["from the cut on"]
     # Every image of every probe, and the first batch to see what the model ends in.
     assert plain["images"] <= 64 * (1 + 2 * 6) + 8
@@ -36,4 +37,8 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     fewer, both = ways["sequential, 0.2"], ways["sequential, 0.2, from the cut on"]
     assert fewer["widths"] == both["widths"]
     assert fewer["images"] < plain["images"]
+    assert plain["forwards"] == plain["images"] == prefix["forwards"]
+    assert fewer["forwards"] == fewer["images"] == both["forwards"]
+    assert fewer["forwards_to_plain"] == fewer["forwards"] / plain["forwards"]
+    assert set(record["models"]["vit"]["72"]) == {name for name in ways if "cut" in name}
     assert fewer["images_to_plain"] == pytest.approx(fewer["images"] / plain["images"])

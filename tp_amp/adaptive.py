@@ -24,7 +24,8 @@ from tp_amp.prefix import Prefix
 from tp_amp.recipe import Recipe, apply, corrected, given_weights, place_weights
 from tp_amp.search import Probe, accepted, search_width
 from tp_amp.sensitivity import repeated
-from tp_amp.sequential import STORED, SequentialTest, SiteTest
+from tp_amp.sequential import STORED, SequentialTest
+from tp_amp.verdicts import Verdicts
 from tp_amp.watching import watch
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ class WidthSearch:
         steps: widths tried for each site at most.
         most_probes: how many widths of a site are tried at most, for the estimate.
         compensator: corrects a cut layer before it is judged.
-        test: judges by as few images as it can, in place of `entropy`. What it accepts last for a
-            site is run on all images: the next site is compared with that, and a wrong verdict
-            comes out.
+        test: measures on as few images as verdicts need, in place of `entropy`. What it accepts
+            last for a site is run on all images: the next site is compared with that, and a wrong
+            verdict comes out.
         prefix: what comes before a site, kept from probe to probe.
         checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
         progress: show a progress bar on a terminal.
@@ -114,6 +115,7 @@ class WidthSearch:
         self._orders: dict[str, list[int]] = {}
         self._pending: list[tuple[Site, list[int]]] = []
         self._pruned = ExitStack()
+        self._verdicts: Verdicts | None = None
         if checkpoint is not None:
             self._known = dict(checkpoint.facts)
             self._orders = {
@@ -140,6 +142,7 @@ class WidthSearch:
         found, reference = Found(), Accepted("", self.dense_entropy)
         self._pending.clear()
         self.prefix.reset()
+        self._verdicts = None if self._test is None else Verdicts(self._test)
         self._watch = Stopwatch()
         self._made = dict.fromkeys(self.sites, 0)
         foreseen = self._estimate([self.most_probes(site) for site in self.sites])
@@ -176,13 +179,13 @@ class WidthSearch:
     ) -> list[Probe]:
         """Find the width of one site."""
         site = widths.site
-        judge: SiteTest | None = None
-        if self._test is not None:
-            judge = SiteTest(self._test, reference.state, max_increase)
+        if self._verdicts is not None:
+            step = max(self.round_to(site), site.width / 2**self.steps)
+            self._verdicts.begin(*reference, max_increase, site.width, step)
 
         def entropy(width: int) -> float:
             tell()
-            return self._probe(widths, width, judge)
+            return self._probe(widths, width)
 
         while True:
             tried = search_width(
@@ -196,10 +199,13 @@ class WidthSearch:
                 first=self.foreseen(site, max_increase),
             )
             best = accepted(tried)
-            if judge is None or best is None or judge.is_exact(widths.state(best.width)):
+            if self._verdicts is None or best is None:
+                return tried
+            state = widths.state(best.width)
+            if self._verdicts.is_exact(state):
                 return tried
             # On all images, after which a wrong verdict is another one.
-            judge.settle(widths.state(best.width))
+            self._verdicts.settle(state)
 
     def _estimate(self, probes: Sequence[int]) -> Estimate | None:
         """What the forward passes of some probes of each site take; None if none was timed."""
@@ -226,18 +232,18 @@ class WidthSearch:
             widths[site.down] = tried[-1].width if tried else site.width
         return widths
 
-    def _probe(self, widths: Widths, width: int, judge: SiteTest | None) -> float:
+    def _probe(self, widths: Widths, width: int) -> float:
         """The entropy with a site cut, on the model as cut so far."""
-        state = widths.state(width)
-        if judge is None:
+        state, verdicts = widths.state(width), self._verdicts
+        if self._test is None or verdicts is None:
             if state not in self._known:
                 with self._as_cut(widths, width), self._watch:
                     self.prefix.run(widths.site, lambda: self._measured(state))
             return self._known[state]
-        while (value := judge.entropy(state)) is None:  # once
-            start = judge.test.measured(state)
+        while (value := verdicts.judge(state, width)) is None:
+            start = self._test.measured(state)
             with self._as_cut(widths, width), self._watch:
-                self.prefix.run(widths.site, lambda: judge.measure(state), start)
+                self.prefix.run(widths.site, lambda: verdicts.measure(state, width), start)
             self._write()
         return value
 
@@ -321,7 +327,7 @@ class Compensator:
     ) -> None:
         self.graph, self.batches, self.recipe = graph, batches, recipe
         self.places: dict[str, Tensor] = {}
-        if recipe.token_weights == "sensitivity":  # else the batches need not be read now
+        if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
             self.places = place_weights(recipe, graph.model, layers, inputs)
         self._moments: tuple[str, Moments] | None = None

@@ -156,7 +156,7 @@ then, in Python: model = tp_amp.create_model("small")
         "--activation-checkpointing",
         action="store_true",
         help="keep the activations of one block at a time while scoring, for models too deep for "
-        "the memory; takes about a third longer (entropy and reconstruction)",
+        "the memory; takes about half longer (entropy and reconstruction)",
     )
     parser.add_argument(
         "--checkpoint",

@@ -56,7 +56,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             and again when the model's weights have changed since.
         activation_checkpointing: keep the activations of one block at a time, and run each block
             again in the backward pass: for models too deep for the memory, with the same scores
-            for about a third more time.
+            for one more forward pass, about half more time.
         normalizer: any of Torch-Pruning's (`"mean"`, `"lamp"`, ...); by default none, since all
             scores are in the same unit, nats of the same entropy.
 

@@ -164,7 +164,6 @@ class Prefix:
         """Keep what the modules of a step give that are done before the site's first layer runs."""
         self._inside = ("", {})  # of another block, where nothing was cut for good since
         block = self.model.get_submodule(self.steps[place])
-        self._inside = ("", {})  # of another step, whose modules have the same names
         done: dict[str, list[Any]] = {}
         calls: dict[str, int] = {}
         started: list[bool] = []

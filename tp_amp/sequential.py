@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tp_amp._state import evaluating, seeded, some_values
 from tp_amp.batches import stream
 from tp_amp.objectives import Objective
-from tp_amp.sampling import estimate_mean, looks, t_quantile
+from tp_amp.sampling import looks
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +34,11 @@ class Forwards(NamedTuple):
 
 
 class SequentialTest:
-    """Judges entropies on as few calibration images as it can.
+    """The entropies of a search's models, each on as many calibration images as were needed.
 
-    The differences to the last accepted model, image by image, are a sample without replacement
-    of all of them. At each look a probe is accepted or rejected if a confidence bound of their
-    mean allows; after the last batch the mean is exact. The error probability of a probe is spent
-    in equal parts on the looks (Bonferroni). The bounds are those of a mean that is near normal
-    but for its skewness: bounds without that assumption would need nearly all images. Near widths
-    give near entropies: once one probe of a layer has run on all images, the others are estimated
-    by regression on it.
-
-    With the objective `"prediction"` each image has a value; else each batch has one, as the
-    objective compares the images of a batch, or is a callable.
+    Whether they are enough, `Verdicts` tells. With the objective `"prediction"` each image has a
+    value; else each batch has one, as the objective compares the images of a batch, or is a
+    callable.
 
     Args:
         model: what is run.
@@ -101,7 +94,7 @@ class SequentialTest:
     def measure(self, state: str, enough: Callable[[], bool] = lambda: False) -> None:
         """Run the model, which `state` names, on the batches that are left until it is `enough`."""
         values, images = list(self._values.get(state, [])), []
-        skipped, every = len(values), looks(self._sizes())
+        skipped, every = len(values), looks(self.sizes())
         with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
             passes = stream(self.batches, self.model, description="calibration", progress=False)
             for place, inputs in enumerate(passes):
@@ -129,50 +122,20 @@ class SequentialTest:
             total += float(values.mean()) * images
         return total / sum(self._images)
 
-    def verdict(
-        self, state: str, reference: str, max_increase: float, known: str | None
-    ) -> tuple[float, bool] | None:
-        """The entropy (nats) of a state as soon as it is certain enough on which side it lies.
-
-        Args:
-            state: to be judged.
-            reference: the last accepted state, complete.
-            max_increase: allowed increase of the entropy (nats).
-            known: another complete state, for a better estimate.
-
-        Returns:
-            The entropy and whether it is exact; None if more batches are needed.
-        """
-        sizes = self._sizes()
-        every = looks(sizes)
-        for batches in every:
-            if batches > self.measured(state):
-                return None
-            rise = estimate_mean(
-                self._differences(state, reference, batches),
-                sum(sizes),
-                None if known is None else self._differences(known, reference),
-            )
-            needed = t_quantile(self.error_probability / len(every), rise.freedom)
-            if abs(rise.distance(max_increase)) > needed:
-                return self.mean(reference) + rise.mean, False
-        return (self.mean(state), True) if self.complete(state) else None
-
-    def _differences(self, state: str, reference: str, batches: int | None = None) -> Tensor:
-        """What the objective rose by on the first batches; its mean over all is that of images."""
-        pairs = zip(self._values[state][:batches], self._values[reference], strict=False)
-        rises = [new.double() - old.double() for new, old in pairs]
+    def values(self, state: str, batches: int) -> Tensor:
+        """The objective on the first batches, `(values,)`; its mean over all is that of images."""
+        found = self._values[state][:batches]
         if not self._each_image:
             average = sum(self._images) / len(self._images)
-            rises = [r * n / average for r, n in zip(rises, self._images, strict=False)]
-        return torch.cat(rises)
+            found = [v * n / average for v, n in zip(found, self._images, strict=False)]
+        return torch.cat(found).double()
 
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
         """How many values each batch gives."""
         return self._images if self._each_image else [1] * len(self._images)
 
     def _by_batch(self, values: Tensor) -> list[Tensor]:
-        sizes = self._sizes()
+        sizes = self.sizes()
         batches = list(accumulate(sizes)).index(len(values)) + 1
         return list(torch.split(values, sizes[:batches]))
 
@@ -196,49 +159,3 @@ class SequentialTest:
                 "the calibration batches differ more than random draws do; the sequential test "
                 "needs images in random order: shuffle them once"
             )
-
-
-class SiteTest:
-    """The sequential test on the widths of one layer, against the same reference.
-
-    Args:
-        test: of the search.
-        reference: the last accepted state.
-        max_increase: allowed increase of the entropy (nats).
-    """
-
-    def __init__(self, test: SequentialTest, reference: str, max_increase: float) -> None:
-        self.test, self.reference, self.max_increase = test, reference, max_increase
-        self._known: str | None = None
-        self._exact: set[str] = set()
-
-    def entropy(self, state: str) -> float | None:
-        """The entropy (nats) of a state; None if more batches are needed.
-
-        What it depends on was judged before in this search, and not what else was measured, so
-        that a run that goes on from a checkpoint comes to the same.
-        """
-        if state in self._exact:
-            if not self.test.complete(state):
-                return None
-            self._known = state
-            return self.test.mean(state)
-        found = self.test.verdict(state, self.reference, self.max_increase, self._known)
-        if found is None:
-            return None
-        if found[1]:
-            self._exact.add(state)
-            self._known = state
-        return found[0]
-
-    def measure(self, state: str) -> None:
-        """Run the model, which `state` names, until its entropy is certain enough."""
-        self.test.measure(state, lambda: self.entropy(state) is not None)
-
-    def settle(self, state: str) -> None:
-        """From now on a state has its exact entropy, on all batches."""
-        self._exact.add(state)
-
-    def is_exact(self, state: str) -> bool:
-        """Whether a state has its exact entropy."""
-        return state in self._exact

@@ -1,0 +1,170 @@
+"""Verdicts on populations whose means are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tp_amp.objectives import Objective
+from tp_amp.sampling import looks
+from tp_amp.search import accepted, search_width
+from tp_amp.sequential import SequentialTest
+from tp_amp.verdicts import Verdicts
+
+LIMIT, WIDTH, STEP = 1.0, 64, 1.0
+
+
+class Measured(SequentialTest):
+    """A test whose entropies are given, image by image, and that tells how many were read."""
+
+    def __init__(self, entropies: Callable[[str], Tensor], images: int, error: float) -> None:
+        super().__init__(nn.Identity(), [], Objective("prediction"), error, {})
+        self.entropies, self._images = entropies, [16] * (images // 16)
+        self.ends = looks(self._images)
+        self.measure("")
+
+    def measure(self, state: str, enough: Callable[[], bool] = lambda: False) -> None:
+        batches = self.entropies(state).split(16)
+        while not self.complete(state):
+            self._values[state] = list(batches[: self.measured(state) + 1])
+            if self.measured(state) in self.ends and enough():
+                return
+
+
+def judged(verdicts: Verdicts, state: str, width: int) -> float:
+    while (found := verdicts.judge(state, width)) is None:
+        verdicts.measure(state, width)
+    return found
+
+
+def skewed(generator: torch.Generator, count: int) -> Tensor:
+    """Of mean 0: a few images lose most."""
+    values = torch.randn(count, generator=generator, dtype=torch.float64).square()
+    return values - values.mean()
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2])
+@pytest.mark.parametrize("way", ["alone", "near one is known"])
+def test_error_rate_is_at_most_the_bound(error: float, way: str) -> None:
+    """The rise is farther from the tolerance than what a step changes, 1 / 32."""
+    wrong, stopped, count = 0, 0, 400
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        off = (-0.1, -0.05, 0.05, 0.1)[seed % 4]
+        base = torch.randn(512, generator=generator, dtype=torch.float64)
+        noise, part = skewed(generator, 512), 0.3 * skewed(generator, 512)
+        states = {"": base, "new": base + noise + LIMIT + off}
+        states["near"] = states["new"] + part - off
+        test = Measured(states.__getitem__, 512, error)
+        verdicts = Verdicts(test)
+        verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+        if way == "near one is known":
+            test.error_probability = 1e-300
+            judged(verdicts, "near", 33)
+            test.error_probability = error
+            verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+        wrong += (judged(verdicts, "new", 32) <= LIMIT) != (off <= 0)
+        stopped += not test.complete("new")
+    # Three standard errors of the rate above the bound would be more than chance.
+    assert wrong / count <= error + 3 * math.sqrt(error * (1 - error) / count)
+    assert stopped > 0.2 * count
+
+
+def curve(width: int, crossing: float) -> float:
+    """Falls with the width, and ever slower; 1 at the crossing and 0 at `WIDTH`."""
+    rate = 4 / WIDTH
+    scale = math.exp(-rate * crossing) - math.exp(-rate * WIDTH)
+    return (math.exp(-rate * width) - math.exp(-rate * WIDTH)) / scale
+
+
+@pytest.mark.parametrize("crossing", [4.5, 20.3, 31.9, 32.1, 40.0, 57.5])
+def test_width_is_within_a_step(crossing: float) -> None:
+    """Five probes matter, each wrong with a probability of 0.01 at most."""
+    far, used, plain, searches = 0, 0, 0, 40
+    for seed in range(searches):
+        generator = torch.Generator().manual_seed(seed)
+        base = torch.randn(1024, generator=generator, dtype=torch.float64)
+        walk = [skewed(generator, 1024) for _ in range(WIDTH)]
+
+        def entropies(state: str, base: Tensor = base, walk: list[Tensor] = walk) -> Tensor:
+            """The nearer two widths, the nearer their entropies."""
+            if not state:
+                return base
+            noise = torch.stack(walk[int(state) :]).sum(0) / 8
+            return base + curve(int(state), crossing) * (1 + noise)
+
+        test = Measured(entropies, 1024, 0.01)
+        verdicts, dense = Verdicts(test), test.mean("")
+        verdicts.begin("", dense, LIMIT, WIDTH, STEP)
+
+        def entropy(width: int, verdicts: Verdicts = verdicts) -> float:
+            return judged(verdicts, str(width), width)
+
+        found = accepted(search_width(entropy, WIDTH, reference=dense, max_increase=LIMIT))
+        assert found is not None
+        far += abs(found.width - math.ceil(crossing)) > 1
+        used, plain = used + test.forwards.used, plain + test.forwards.plain
+    assert far / searches <= 0.05
+    assert used < 0.7 * plain
+
+
+def test_next_to_no_error_is_exact() -> None:
+    base = torch.linspace(0, 1, 64, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    states = {"": base, "new": base + LIMIT - 1e-9 + skewed(generator, 64)}
+    test = Measured(states.__getitem__, 64, 1e-300)
+    verdicts = Verdicts(test)
+    verdicts.begin("", test.mean(""), LIMIT, WIDTH, STEP)
+    assert judged(verdicts, "new", 32) == test.mean("new")
+    assert test.complete("new")
+
+
+@pytest.mark.parametrize(("accepted_rise", "images"), [(LIMIT - 1e-9, 1024), (0.0, 32)])
+def test_near_the_tolerance_is_judged_by_how_steep_the_entropy_is(
+    accepted_rise: float, images: int
+) -> None:
+    """At the tolerance itself: only what a step changes tells how many images are needed."""
+    base = torch.zeros(1024, dtype=torch.float64)
+    noise = 0.1 * torch.randn(1024, generator=torch.Generator().manual_seed(0)).double()
+    states = {"": base, "right": base + accepted_rise, "new": LIMIT + noise - noise.mean()}
+    test = Measured(states.__getitem__, 1024, 0.05)
+    verdicts = Verdicts(test)
+    verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+    judged(verdicts, "right", 40)
+    judged(verdicts, "new", 36)
+    assert 16 * test.measured("new") == images
+
+
+def test_a_wrong_verdict_comes_out_when_it_is_settled() -> None:
+    """The first images lose little, the others much."""
+    base = torch.zeros(512, dtype=torch.float64)
+    rise = torch.full((512,), 3.0, dtype=torch.float64)
+    rise[:64] = 0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    test = Measured({"": base, "new": rise}.__getitem__, 512, 0.05)
+    verdicts = Verdicts(test)
+    verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+    assert judged(verdicts, "new", 32) <= LIMIT
+    assert not verdicts.is_exact("new")
+    verdicts.settle("new")
+    assert judged(verdicts, "new", 32) == pytest.approx(float(rise.mean()))
+    assert verdicts.is_exact("new")
+
+
+def test_verdicts_rest_on_the_same_images_whatever_was_measured() -> None:
+    """A search that goes on after a kill has measured more than it did at that point."""
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(512, generator=generator, dtype=torch.float64)
+    states = {"": base, "new": base + LIMIT + 0.1 + skewed(generator, 512)}
+    found = []
+    for known in (False, True):
+        test = Measured(states.__getitem__, 512, 0.05)
+        if known:
+            test.measure("new")
+        verdicts = Verdicts(test)
+        verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+        found.append(judged(verdicts, "new", 32))
+    assert found[0] == found[1]
