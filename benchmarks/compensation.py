@@ -160,7 +160,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512, help="unlabelled training images")
     parser.add_argument("--hessian-images", type=int, default=128, help="of these, for Hessian")
-    parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048, 8192])
+    parser.add_argument("--counts", type=int, nargs="*", default=[32, 128, 512, 2048])
     parser.add_argument("--sweep-at", type=float, nargs="+", default=[0.5, 0.3, 0.15])
     parser.add_argument("--recipes", nargs="+", default=[], help="measure these alone")
     parser.add_argument(
