@@ -273,3 +273,16 @@ def test_sound_ridge_is_kept_and_not_logged(caplog: pytest.LogCaptureFixture) ->
 def test_bad_recipe_raises(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**arguments)
+
+
+def test_what_hardly_varies_is_not_fitted() -> None:
+    """A norm of one channel gives a constant but for its epsilon: weights of 1e10 would fit it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    residuals = 3 + noise @ torch.ones(1, 2, dtype=torch.float64)
+    found = correct(Moments().add(1 + 1e-10 * noise, residuals), "affine")
+    assert found.bias is not None
+    assert float(found.weight.abs().max()) == 0
+    assert torch.allclose(found.bias, residuals.mean(0))
+    varied = correct(Moments().add(1 + 1e-3 * noise, residuals), "affine", ridge=0)
+    assert torch.allclose(varied.weight, torch.full((2, 1), 1e3, dtype=torch.float64))

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 Method = Literal["none", "mean", "affine"]
 METHODS = ("none", "mean", "affine")
 RIDGE = 1e-4
-# A spread below this share of the mean is rounding.
-_ROUNDING = 1e-12
+# A spread below this share of the mean is rounding in float32: what is fitted to it takes weights
+# so large that nothing of the sums is left.
+_ROUNDING = 1e-6
 
 
 # Count, tokens, two means, and sums of products around the means.
