@@ -373,6 +373,18 @@ def test_tokens_weigh_what_their_places_cost() -> None:
     assert not same_weights(found, plain, 1e-4)
 
 
+def test_tokens_that_weigh_the_same_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Images of two sizes have no places in common."""
+    model, tokens, keep = tokenwise()
+    batches = [tokens[:15], tokens[15:, :5]]
+    with caplog.at_level(logging.WARNING):
+        found, _ = compensated(model, keep, batches, token_weights="sensitivity")
+    plain, _ = compensated(model, keep, batches)
+    assert all(f"{name}" in caplog.text for name in keep)
+    assert "weigh the same" in caplog.text
+    assert same_weights(found, plain, 1e-9)
+
+
 def test_wrong_token_weights_raise_and_leave_the_model() -> None:
     model, tokens, keep = tokenwise()
     before = fingerprint(model)

@@ -77,11 +77,11 @@ def test_a_layer_that_does_not_matter_is_named() -> None:
 
 def test_a_convolution_is_the_linear_at_each_place() -> None:
     torch.manual_seed(0)
-    linear, convolution = nn.Linear(4, 3), nn.Conv2d(4, 3, 1)
+    linear, convolution = nn.Linear(4, 3).double(), nn.Conv2d(4, 3, 1).double()
     convolution.load_state_dict(
         {"weight": linear.weight.detach()[:, :, None, None], "bias": linear.bias.detach()}
     )
-    tokens = torch.randn(5, 6, 4)
+    tokens = torch.randn(5, 6, 4).double()
     squares = Objective(lambda output: output.square().sum())
     maps = tokens.mT.reshape(5, 4, 2, 3)
     expected = output_sensitivity(nn.Sequential(linear), ["0"], [tokens], squares)
@@ -134,3 +134,10 @@ def test_places_repeat_for_each_image() -> None:
     assert repeated(weights, 6).tolist() == [1, 2, 1, 2, 1, 2]
     assert repeated(weights, 5) is None
     assert repeated(None, 6) is None
+
+
+def test_gradients_that_are_not_finite_raise() -> None:
+    model = toy()
+    broken = lambda output: (output * 0).abs().sqrt().mean()  # noqa: E731
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.second.* not finite"):
+        places(model, [images(4)], broken, LAYERS)

@@ -122,5 +122,9 @@ def place_weights(
     found = place_sensitivity(model, layers, batches, Objective())
     left = [name for name in layers if name not in found]
     if left:
-        logger.info("the tokens of %s weigh the same", ", ".join(left))
+        logger.warning(
+            "all tokens of %s weigh the same: the objective does not depend on them, or their "
+            "outputs have other places on other batches",
+            ", ".join(left),
+        )
     return found

@@ -91,6 +91,9 @@ def place_sensitivity(
     Returns:
         Module path -> `(places,)`. Layers on which the objective does not depend are left out, and
         those whose outputs have no images first, or not the same places on all batches.
+
+    Raises:
+        ValueError: a gradient is not finite.
     """
     totals: dict[str, Tensor] = {}
     uneven: set[str] = set()
@@ -109,10 +112,13 @@ def place_sensitivity(
                     uneven.add(name)
                     continue
                 totals[name] = totals[name] + places if name in totals else places
-    known = {name: total for name, total in totals.items() if name not in uneven}
+    added = _added({name: total for name, total in totals.items() if name not in uneven})
+    broken = [name for name, total in added.items() if not bool(torch.isfinite(total).all())]
+    if broken:
+        raise ValueError(f"gradients at {broken} are not finite; check weights and images for NaN")
     return {
         name: total.to(totals[name]) / total.mean() + _LEAST
-        for name, total in _added(known).items()
+        for name, total in added.items()
         if float(total.sum()) > 0
     }
 
