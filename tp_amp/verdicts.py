@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from tp_amp.sampling import Difference, difference, looks, t_quantile
+from tp_amp.sampling import Estimate, estimate_mean, looks, t_quantile
 from tp_amp.sequential import SequentialTest
 
 KNOWN = 3  # complete states that others are regressed on: more tell little new
@@ -125,8 +125,9 @@ class Verdicts:
             self._complete.append(state)
         return True
 
-    def _risen(self, state: str) -> Difference:
-        """The rise over the reference, by regression on states that have run on all images."""
-        known = [self.test.values(name, self._ends[-1]) for name in self._complete[-KNOWN:]]
-        drawn = [self.test.values(name, self._used[name]) for name in (state, self.reference)]
-        return difference(drawn[0], drawn[1], torch.stack(known, 1))
+    def _risen(self, state: str) -> Estimate:
+        """The rise over the reference, by regression on it and others that ran on all images."""
+        names = [*self._complete[-KNOWN:], self.reference]
+        known = torch.stack([self.test.values(name, self._ends[-1]) for name in names], 1)
+        values = self.test.values(state, self._used[state])
+        return estimate_mean(values - known[: len(values), -1], known)
