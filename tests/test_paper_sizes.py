@@ -17,7 +17,7 @@ import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from packaging.version import Version
 from torch import nn
-from toys import put
+from toys import judges_shapes, put
 
 import tp_amp
 
@@ -143,6 +143,7 @@ def first_channels(group: Any) -> torch.Tensor:
     return -torch.arange(len(group[0].idxs), dtype=torch.float)
 
 
+@judges_shapes
 @pytest.mark.skipif(sys.platform == "win32", reason="has no resource")
 def test_the_largest_tower_is_planned_on_the_meta_device() -> None:
     """4.35 billion parameters, of which none is made: to both papers' sizes, imports included."""
