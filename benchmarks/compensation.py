@@ -4,9 +4,9 @@
 
 Every criterion ranks the dense model; every MLP is cut to the same share of its channels, with and
 without compensation fitted on the images that scored, and with it to tp_amp's own widths, by
-foreseen loss at the same number of parameters. Beside them: every Linear compensated, and the
-recipes of others, from their formulas. Writes results/compensation_<model>.json and .png after
-every seed. `--data` is as for train_reference.py.
+foreseen loss at the same number of parameters. Beside them: every Linear compensated, without and
+with ten passes of refinement, and the recipes of others, from their formulas. Writes
+results/compensation_<model>.json and .png after every seed. `--data` is as for train_reference.py.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")
 FRACTIONS = [0.9, 0.7, 0.5, 0.3, 0.15, 0.1]
 FULLEST = "Reconstruction, own widths + affine, every Linear"
 WEIGHED = f"{FULLEST}, sensitivity"  # of the tokens
+REFINED = f"{FULLEST}, refined"
+REFINED_WEIGHED = f"{WEIGHED}, refined"
+PASSES = 10
 Orders = dict[str, list[int]]
 
 
@@ -94,9 +97,19 @@ class Comparison:
             ("CORP: magnitude + affine at once", lambda: self.order("DIMAP"), "affine"),
         ):
             found[name] = lambda o=order, m=method: self.one_shot(o(), widths, m)
-        for name, weights in ((FULLEST, None), (WEIGHED, "sensitivity")):
-            found[name] = lambda w=weights: self.compensated(
-                self.orders["Reconstruction"], own, "affine", every_linear=True, token_weights=w
+        for name, weights, passes in (
+            (FULLEST, None, 0),
+            (WEIGHED, "sensitivity", 0),
+            (REFINED, None, PASSES),
+            (REFINED_WEIGHED, "sensitivity", PASSES),
+        ):
+            found[name] = lambda w=weights, p=passes: self.compensated(
+                self.orders["Reconstruction"],
+                own,
+                "affine",
+                every_linear=True,
+                token_weights=w,
+                refine=p,
             )
         unknown = set(recipes) - set(found)
         if unknown:
@@ -142,7 +155,8 @@ def descending(scores: torch.Tensor) -> list[int]:
 
 def sweep(bench: Bench, draw: Callable[[int], Batches], options: argparse.Namespace) -> Any:
     """Accuracy of tp_amp's fullest recipes by the number of unlabelled images, one seed."""
-    found: dict[str, dict[str, dict[str, float]]] = {FULLEST: {}, WEIGHED: {}}
+    names = (FULLEST, WEIGHED, REFINED, REFINED_WEIGHED)
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
     for count in tqdm(options.counts, desc="images", disable=None):
         comparison = Comparison(bench, draw(count), 0, min(count, options.hessian_images))
         for name, by_count in found.items():

@@ -388,7 +388,7 @@ def test_compensation(tmp_path, capsys):
         *("EntropyTaylor, prediction", "Taylor + mean", "GramSchmidt, own widths + affine"),
         *("Random", "Random + affine", "Reconstruction", "Reconstruction + affine"),
         *("VBP: variance + mean", *others, "CORP: magnitude + affine at once"),
-        *(full, f"{full}, sensitivity"),
+        *(full, f"{full}, sensitivity", f"{full}, refined", f"{full}, sensitivity, refined"),
     ]
     options = "--fractions 0.5 --seeds 0 --images 24 --hessian-images 2 --sweep-at 0.5 --counts 24"
     paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]

@@ -24,6 +24,7 @@ import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance, ReconstructionImportance
 from tp_amp.batches import prepare
 from tp_amp.objectives import Objective, mean_objective
+from tp_amp.refinement import refine
 from tp_amp.sensitivity import output_sensitivity, place_sensitivity
 
 pytestmark = pytest.mark.slow
@@ -92,6 +93,17 @@ def pruned(rank: int, world: int, kind: str, calibration: Any = None, **options:
     return pruner.plan, weights
 
 
+def refined(rank: int, world: int) -> dict[str, Tensor]:
+    """What a few steps of a regression add to a Linear."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 3)
+    losses = [
+        lambda x=batch: (layer(x) - x[:, :3].exp()).square().sum()
+        for batch in [shard.flatten(1) for shard in shards(rank, world, 1)]
+    ]
+    return refine({"layer": layer}, losses, 3)["layer"]
+
+
 def caught(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
         function(*args, **options)
@@ -112,6 +124,9 @@ def sound(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["rescored plan"] = pruned(rank, world, "similarity", max_increase=0.02, **options)
     options = {"compensation": "affine", "target": {"params": 0.8}}
     found["compensated plan"] = pruned(rank, world, "prediction", **options)
+    recipe = tp_amp.Recipe(every_linear=True, refine=3)
+    found["refined plan"] = pruned(rank, world, "prediction", compensation=recipe)
+    found["refined"] = refined(rank, world)
     model, own = toy(), shards(rank, world, 1)
     found["errors"] = ReconstructionImportance(None).collect(model, own, progress=False).errors
     names = ["blocks.0.mlp.second"]
@@ -302,6 +317,20 @@ def test_every_rank_finds_the_plan_of_one_process(
         for layer, weight in weights.items():
             assert relative(corrections[layer], weight) < 1e-8
             assert torch.equal(corrections[layer], ranks[0][name][1][layer])
+
+
+def test_refinement_takes_the_steps_of_one_process(
+    ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for found in ranks:
+        for key, added in alone["refined"].items():
+            assert relative(found["refined"][key], added) < 1e-4
+            assert torch.equal(found["refined"][key], ranks[0]["refined"][key])
+        plan, weights = found["refined plan"]
+        assert plan.keep == alone["refined plan"][0].keep
+        assert weights.keys() == alone["refined plan"][1].keys()
+        for layer, weight in ranks[0]["refined plan"][1].items():
+            assert torch.equal(weights[layer], weight)
 
 
 def test_moments_and_sensitivities_are_those_of_one_process(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -135,7 +135,8 @@ class Correction:
     Attributes:
         weight: `(outputs, inputs)`.
         bias: `(outputs,)`, None where there is none to add to.
-        error_before: mean of |r|^2 without the correction; `error`: with it.
+        error_before: mean of |r|^2 without the correction; `error`: with it, as it was solved for
+            (what is refined afterwards has another).
         ridge: the lambda used, relative to the mean diagonal.
     """
 
@@ -144,6 +145,17 @@ class Correction:
     error_before: float
     error: float
     ridge: float = 0.0
+
+    def plus(self, added: Mapping[str, Tensor]) -> Correction:
+        """The correction with more added; its errors stay those of the solution before.
+
+        Args:
+            added: what to add to `"weight"` and maybe to `"bias"`, as the layer's own have it.
+        """
+        bias = added.get("bias", self.bias)
+        if self.bias is not None and "bias" in added:
+            bias = self.bias + added["bias"]
+        return replace(self, weight=self.weight + added["weight"].view_as(self.weight), bias=bias)
 
 
 def correct(

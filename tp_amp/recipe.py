@@ -30,13 +30,15 @@ class Recipe:
         add_bias: give layers that are fitted and have no bias one.
         every_linear: fit the Linears between the first and the last cut layer too, against what
             they give in the dense model.
+        refine: passes over the images in which, after the solution in closed form, both layers of
+            each cut MLP are improved by gradients of its own output; for `every_linear` alone.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
             the weight of each token, `(images, tokens)`, 0 for padding; or `"sensitivity"`: each
             layer's tokens weigh what an error at their place costs the predictions (or
             similarities) of the dense model, by its squared gradient. By default all are 1.
 
     Raises:
-        ValueError: `method`, `ridge` or `token_weights` is not valid.
+        ValueError: `method`, `ridge`, `token_weights` or `refine` is not valid.
 
     Example:
         >>> import torch, tp_amp
@@ -50,6 +52,7 @@ class Recipe:
     add_bias: bool = False
     token_weights: TokenWeights = None
     every_linear: bool = False
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -60,6 +63,13 @@ class Recipe:
         if weights is not None and weights != "sensitivity" and not callable(weights):
             raise ValueError(
                 f'token_weights must be "sensitivity", a callable or None, found {weights!r}'
+            )
+        if not isinstance(self.refine, int) or self.refine < 0:
+            raise ValueError(f"refine must be a number of passes, found {self.refine!r}")
+        if self.refine and not (self.every_linear and self.method == "affine"):
+            raise ValueError(
+                f"refine={self.refine} goes on from every Linear solved for; pass "
+                'every_linear=True and the method "affine" too'
             )
 
 

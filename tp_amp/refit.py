@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from tp_amp.compensation import Correction, Moments
 from tp_amp.cutting import Site, narrowed, site_group
 from tp_amp.distributed import merged, together
 from tp_amp.groups import group_layers
+from tp_amp.mlps import MLP
+from tp_amp.objectives import Objective
 from tp_amp.recipe import Recipe, applied, corrected, given_weights, place_weights
-from tp_amp.sensitivity import repeated
-from tp_amp.watching import calls_in_order, first_argument, watch
+from tp_amp.refinement import cost_factor, refine
+from tp_amp.sensitivity import output_sensitivity, repeated
+from tp_amp.watching import arguments, calls_in_order, watch
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +94,9 @@ def fit(
                 chain = find_chain(model, few, [site.name for site in sites])
             layers = _layers(graph, few, sites, keep, recipe)
         places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
+        costs = _costs(recipe, model, sites, inputs)
         with observing(model, gradients=False):
-            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places)
+            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     return walk.corrections
@@ -109,11 +114,13 @@ class _Walk:
         inputs: list[Inputs],
         chain: list[Step],
         places: Mapping[str, Tensor],
+        costs: Mapping[str, Tensor | None],
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
         self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
+        self.costs = costs
         self.last = chain[-1]
         self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
         self.cut = list(self.dense)
@@ -135,6 +142,9 @@ class _Walk:
                 following += [first_tensor(output)] if goes_on else []
             with self._cut(inside):
                 self.corrections[layer.name] = self._fit(layer, module, step, targets)
+            if layer.name in self.costs:
+                with self._cut(inside):
+                    self._refine(layer, module, step, targets)
         if step is self.last:
             return
         if not inside:
@@ -151,13 +161,37 @@ class _Walk:
             (hidden, output), _ = watch(
                 module, self.model, layer.name, _inputs(step, state), stop=True
             )
-            places = repeated(self.places.get(layer.name), len(hidden))
-            weights = places if given is None else given
+            weights = self._weights(layer, given, len(hidden))
             moments.add(layer.inputs(hidden, self.keep), target - output, weights)
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
         moments = merged(f"the moments of {layer.name}", moments)
         return corrected(layer.name, moments, self.recipe, bias)
+
+    def _weights(self, layer: _Layer, given: Tensor | None, tokens: int) -> Tensor | None:
+        return repeated(self.places.get(layer.name), tokens) if given is None else given
+
+    def _refine(self, layer: _Layer, module: nn.Module, step: Step, targets: list[Tensor]) -> None:
+        """Improve the layers of an MLP together; what that changes is added to the corrections."""
+        site: Any = layer.site
+        mlp = self.model.get_submodule(site.name)
+        read = [arguments(module, mlp, _inputs(step, state)) for state in self.cut]
+        factor = cost_factor(self.costs[layer.name], targets[0].shape[1]).to(targets[0].device)
+
+        def loss(batch: int) -> Tensor:
+            (_, output), _ = watch(mlp, self.model, layer.name, read[batch], stop=True)
+            errors = (output - targets[batch]).to(factor)
+            weights = self._weights(layer, self.given[batch], len(errors))
+            if weights is None:
+                return (errors @ factor).square().sum()
+            seen = weights > 0  # what padding holds must not matter, be it NaN
+            return (weights[seen].to(factor) @ (errors[seen] @ factor).square()).sum()
+
+        names = [name for name in (*site.up, site.down) if name in self.corrections]
+        layers = {name: self.model.get_submodule(name) for name in names}
+        losses = [partial(loss, batch) for batch in range(len(read))]
+        for name, added in refine(layers, losses, self.recipe.refine).items():
+            self.corrections[name] = self.corrections[name].plus(added)
 
     @contextmanager
     def _cut(self, layers: list[_Layer]) -> Iterator[None]:
@@ -199,9 +233,12 @@ def _layers(
             if part.side == "out":
                 dropped.setdefault(part.name, set()).update(part.indices)
     # Nothing is lost before the first layer that is cut; the last one ends the chain.
-    places = [place for place, name in enumerate(called) if name in cut]
+    # To refine the first MLP, its `up` needs a correction too.
+    opening = {*cut, *(up for site in sites for up in site.up if recipe.refine)}
+    first = next(place for place, name in enumerate(called) if name in opening)
+    last = max(place for place, name in enumerate(called) if name in cut)
     layers = []
-    for name in called[places[0] : places[-1] + 1]:
+    for name in called[first : last + 1]:
         if counts[name] > 1:
             logger.warning("%s is called %d times and is not fitted", name, counts[name])
             continue
@@ -209,6 +246,24 @@ def _layers(
         kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
         layers.append(_Layer(name, cut.get(name), kept if name in dropped else None))
     return layers
+
+
+def _costs(
+    recipe: Recipe, model: nn.Module, sites: Sequence[Site], batches: Sequence[Inputs]
+) -> dict[str, Tensor | None]:
+    """What errors of the MLPs to refine cost; None where the objective does not see them."""
+    if not recipe.refine:
+        return {}
+    mlps = [site for site in sites if isinstance(site, MLP)]
+    fused = [mlp.name for mlp in mlps if mlp.fused or mlp.first]
+    if fused:
+        logger.warning("%s hold more than an MLP and are not refined", ", ".join(fused))
+    downs = [mlp.down for mlp in mlps if mlp.name not in fused]
+    if not downs:
+        return {}
+    raw = [batch.raw() for batch in batches]
+    found = output_sensitivity(model, downs, raw, Objective(), skip_unused=True, progress=False)
+    return {name: found.get(name) for name in downs}
 
 
 def _inputs(step: Step, state: Any) -> Inputs:
@@ -219,4 +274,6 @@ def _inputs(step: Step, state: Any) -> Inputs:
 
 def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:
     """What the first step is called with: its first argument, or the batch for a whole model."""
-    return first_argument(model, step.name, batch) if step.name else batch
+    if not step.name:
+        return batch
+    return arguments(model, model.get_submodule(step.name), batch).args[0]

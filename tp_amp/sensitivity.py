@@ -49,8 +49,8 @@ def output_sensitivity(
         Module path -> G, `(outputs, outputs)` in float64.
 
     Raises:
-        ValueError: the objective does not depend on a layer, or the model has no blocks one after
-            another for `activation_checkpointing`.
+        ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
+            has no blocks one after another for `activation_checkpointing`.
     """
     resolved = resolve_on(objective, model, batches)
     totals: dict[str, Tensor] = {}
@@ -70,6 +70,7 @@ def output_sensitivity(
         # One by one: all at once would take much memory.
         for name in totals:
             totals |= add_up_named(f"the sensitivity of {name}", {name: totals[name]})
+    _check_finite(totals)
     return {name: total / images for name, total in totals.items()}
 
 
@@ -113,14 +114,18 @@ def place_sensitivity(
                     continue
                 totals[name] = totals[name] + places if name in totals else places
     added = _added({name: total for name, total in totals.items() if name not in uneven})
-    broken = [name for name, total in added.items() if not bool(torch.isfinite(total).all())]
-    if broken:
-        raise ValueError(f"gradients at {broken} are not finite; check weights and images for NaN")
+    _check_finite(added)
     return {
         name: total.to(totals[name]) / total.mean() + _LEAST
         for name, total in added.items()
         if float(total.sum()) > 0
     }
+
+
+def _check_finite(totals: dict[str, Tensor]) -> None:
+    broken = [name for name, total in totals.items() if not bool(torch.isfinite(total).all())]
+    if broken:
+        raise ValueError(f"gradients at {broken} are not finite; check weights and images for NaN")
 
 
 def _added(totals: dict[str, Tensor]) -> dict[str, Tensor]:

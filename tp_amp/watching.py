@@ -47,19 +47,16 @@ def watch(
     return seen[0], output
 
 
-def first_argument(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
-    """Run a model up to a module; give the first argument that the module is called with."""
-    seen: list[Tensor] = []
+def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs:
+    """Run a module up to a part of it; give what the part is called with."""
+    seen: list[Inputs] = []
 
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(Inputs(args, kwargs))
         raise _Stop
 
-    with (
-        hooks([model.get_submodule(name).register_forward_pre_hook(see)]),
-        suppress(_Stop),
-    ):
-        inputs.call(model)
+    with hooks([part.register_forward_pre_hook(see, with_kwargs=True)]), suppress(_Stop):
+        inputs.call(module)
     return seen[0]
 
 
