@@ -186,6 +186,22 @@ def test_ways_to_prune(capsys: pytest.CaptureFixture[str], further: tuple[str, .
     assert ("blocks.0.attn.proj" in widths) == ("--prune-num-heads" in further)
 
 
+@pytest.mark.parametrize("size", [("--target", "params=0.8"), ("--max-increase", "0.01")])
+def test_refining_changes_both_layers_of_the_same_widths(
+    capsys: pytest.CaptureFixture[str], size: tuple[str, ...]
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, *size)
+    plain = record(capsys, *command, "--output", "plain")
+    better = record(capsys, *command, "--output", "better", "--refine", "30")
+    assert (plain["refine"], better["refine"]) == (0, 30)
+    assert better["widths"] == plain["widths"]
+    one, other = (tp_amp.create_model(folder) for folder in ("plain", "better"))
+    for name in DOWNS:
+        for layer in (name, name.replace("fc2", "fc1")):
+            weights = (model.get_submodule(layer).weight for model in (one, other))
+            assert not torch.equal(*weights)
+
+
 @pytest.mark.parametrize("further", [(), ("--min-width", "8"), ("--round-to", "8")])
 def test_latency_is_a_size_too(
     capsys: pytest.CaptureFixture[str],
@@ -519,6 +535,11 @@ MISTAKES: dict[str, tuple[list[str], str, Callable[[Path, Path], Any] | None]] =
     "importance": ([*PRUNE, "--importance", "entrop"], r"choose from .*entropy", None),
     "no labels": ([*PRUNE, "--importance", "taylor"], r"needs labels, and sample has non", None),
     "compensation": ([*PRUNE, "--compensation", "all"], r"choose from .*affine", None),
+    "refine": (
+        [*PRUNE, "--compensation", "mean", "--refine", "3"],
+        r"--refine goes on from --compensation affine, found mean",
+        None,
+    ),
     "fraction": ([*COMPARE, "--keep", "1.5"], r"'1\.5' is no fraction above 0, 1 at", None),
     "device": ([*PRUNE, "--device", "gpu"], r"--device gpu is not there.*--device cpu", None),
     "device without values": ([*PRUNE, "--device", "meta"], r"--device meta is not there", None),

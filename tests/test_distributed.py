@@ -24,7 +24,7 @@ import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance, ReconstructionImportance
 from tp_amp.batches import prepare
 from tp_amp.objectives import Objective, mean_objective
-from tp_amp.refinement import refine
+from tp_amp.refinement import refine, spread
 from tp_amp.sensitivity import output_sensitivity, place_sensitivity
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,8 @@ def refined(rank: int, world: int) -> dict[str, Tensor]:
         lambda x=batch: (layer(x) - x[:, :3].exp()).square().sum()
         for batch in [shard.flatten(1) for shard in shards(rank, world, 1)]
     ]
-    return refine({"layer": layer}, losses, 3)["layer"]
+    whole = spread(shard[:, 0, 0].exp() for shard in shards(rank, world, 1))
+    return refine({"layer": layer}, losses, whole, 3)["layer"]
 
 
 def caught(function: Callable[..., Any], *args: Any, **options: Any) -> str:

@@ -26,7 +26,7 @@ import tp_amp
 from tp_amp import refit
 from tp_amp.compensation import Correction
 from tp_amp.objectives import Objective
-from tp_amp.refinement import cost_factor, refine
+from tp_amp.refinement import cost_factor, refine, spread
 from tp_amp.sensitivity import output_sensitivity
 
 
@@ -44,10 +44,11 @@ def regression(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor]:
 def test_a_linear_layer_comes_to_least_squares() -> None:
     layer, inputs, targets = regression()
     before = {key: value.detach().clone() for key, value in layer.state_dict().items()}
+    whole = spread([targets])
     losses = [
         squares(layer, x, y) for x, y in zip(inputs.split(16), targets.split(16), strict=True)
     ]
-    added = refine({"layer": layer}, losses, passes=60)["layer"]
+    added = refine({"layer": layer}, losses, whole, passes=60)["layer"]
     assert all(torch.equal(layer.state_dict()[key], before[key]) for key in before)
     rows = np.concatenate([inputs.numpy(), np.ones((64, 1))], 1)
     best = np.linalg.lstsq(rows, targets.numpy(), rcond=None)[1].sum()
@@ -63,13 +64,13 @@ def test_a_linear_layer_comes_to_least_squares() -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 def test_the_scale_of_the_losses_does_not_matter(scale: float) -> None:
     layer, inputs, targets = regression()
-    plain = refine({"": layer}, [squares(layer, inputs, targets)], 5)
-    other = refine({"": layer}, [lambda: scale * squares(layer, inputs, targets)()], 5)
+    plain = refine({"": layer}, [squares(layer, inputs, targets)], 10, 5)
+    other = refine({"": layer}, [lambda: scale * squares(layer, inputs, targets)()], 10 * scale, 5)
     assert relative(other[""]["weight"], plain[""]["weight"]) < 1e-4
 
 
 def test_low_precision_loses_no_small_steps() -> None:
-    """Steps of 4e-4 at most, where the next number of bfloat16 after 1 is 1.0078."""
+    """Steps of 1e-3 at most, where the next number of bfloat16 after 1 is 1.0078."""
     layer = nn.Linear(6, 3).bfloat16()
     nn.init.constant_(layer.weight, 0.01)
     nn.init.constant_(layer.bias, 1.0)
@@ -77,8 +78,24 @@ def test_low_precision_loses_no_small_steps() -> None:
     def loss() -> Tensor:
         return (layer(torch.zeros(1, 6, dtype=torch.bfloat16)).float() - 1.1).square().sum()
 
-    added = refine({"": layer}, [loss], 1000)[""]
+    added = refine({"": layer}, [loss], 0.0, 1000)[""]
     assert (layer.bias.double() + added["bias"]).tolist() == pytest.approx([1.1] * 3, abs=0.008)
+
+
+def test_what_is_nearly_right_is_hardly_moved() -> None:
+    layer, inputs, targets = regression()
+    far, near = (
+        refine({"": layer}, [squares(layer, inputs, targets)], whole, 1)[""]["weight"]
+        for whole in (1e2, 1e6)
+    )
+    assert far.abs().max() == pytest.approx(100 * float(near.abs().max()), rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [[50], [7, 30, 13]])
+def test_spread_is_the_sum_of_squares_around_the_mean(sizes: list[int]) -> None:
+    values = 100 + torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    expected = float(np.var(values.double().numpy(), axis=0).sum() * 50)
+    assert spread(values.split(sizes)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_corrections_add_up() -> None:
@@ -97,7 +114,7 @@ def test_corrections_add_up() -> None:
 @pytest.mark.parametrize("loss", [0.0, 1.0, float("nan"), float("inf")])
 def test_nothing_is_added_where_nothing_gets_better(loss: float) -> None:
     layer, inputs, _ = regression()
-    assert refine({"": layer}, [lambda: 0 * layer(inputs).sum() + loss], 3) == {}
+    assert refine({"": layer}, [lambda: 0 * layer(inputs).sum() + loss], 10.0, 3) == {}
 
 
 def test_parameters_are_given_back_after_an_error() -> None:
@@ -112,7 +129,7 @@ def test_parameters_are_given_back_after_an_error() -> None:
         return squares(layer, inputs, targets)()
 
     with pytest.raises(KeyboardInterrupt):
-        refine({"": layer}, [loss], 10)
+        refine({"": layer}, [loss], 1.0, 10)
     assert all(layer._parameters[key] is own[key] for key in own)
     assert layer.weight.grad is None
 
@@ -235,7 +252,7 @@ def test_the_loss_is_the_weighed_cost_of_the_errors(
     weights = torch.rand(30, 8, generator=torch.Generator().manual_seed(1)).double()
     found: list[float] = []
 
-    def see(_: Any, losses: Any, passes: int) -> dict[str, Any]:
+    def see(_: Any, losses: Any, *rest: Any) -> dict[str, Any]:
         found.append(sum(float(loss()) for loss in losses))
         return {}
 
@@ -286,6 +303,19 @@ def test_a_search_refines_what_it_found() -> None:
     pruner.step()
     again, _ = compensated(dense, pruner.plan, [batch], every_linear=True, refine=5)
     assert same_weights(model, again, 1e-5)
+
+
+def test_nothing_gained_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = toy(), images(40)
+    monkeypatch.setattr(refit, "refine", lambda *_: {})
+    with caplog.at_level(logging.WARNING):
+        same, _ = compensated(model, KEEP, [batch], every_linear=True, refine=1)
+    closed, _ = compensated(model, KEEP, [batch], every_linear=True)
+    assert same_weights(same, closed, 1e-4)
+    for name in KEEP:
+        assert f"{name}: refining found nothing better" in caplog.text
 
 
 def test_parallel_blocks_are_named_and_not_refined(caplog: pytest.LogCaptureFixture) -> None:

@@ -153,6 +153,14 @@ then, in Python: model = tp_amp.create_model("small")
     )
     _add_compensation(parser, "affine")
     parser.add_argument(
+        "--refine",
+        type=value.positive,
+        default=0,
+        metavar="PASSES",
+        help="fit every Linear between the cut layers too, then go so often through the images, "
+        "say 10, to improve both layers of each cut MLP; for --compensation affine",
+    )
+    parser.add_argument(
         "--activation-checkpointing",
         action="store_true",
         help="keep the activations of one block at a time while scoring, for models too deep for "

@@ -103,6 +103,11 @@ def prune(options: Namespace) -> Answer:
             f"--activation-checkpointing is for --importance {' and '.join(RECOMPUTING)}; leave it "
             f"out, {options.importance} runs without"
         )
+    if options.refine and options.compensation != "affine":
+        raise ValueError(
+            f"--refine goes on from --compensation affine, found {options.compensation}; leave one "
+            "of them out"
+        )
     output = Path(options.output)
     check_output(output, options.overwrite)
     images = open_images(options.data, options.split)
@@ -173,6 +178,7 @@ def report(options: Namespace) -> Answer:
 _SETTINGS = (
     "importance",
     "compensation",
+    "refine",
     "target",
     "max_increase",
     "prune_num_heads",

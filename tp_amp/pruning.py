@@ -57,7 +57,14 @@ def prune_model(
         plan = tp_amp.plan_for_target(
             model, inputs, importance, options.target, round_to=options.round_to
         )
-        tp_amp.compensate(model, plan, scoring, method=options.compensation)
+        tp_amp.compensate(
+            model,
+            plan,
+            scoring,
+            method=options.compensation,
+            every_linear=options.refine > 0,
+            refine=options.refine,
+        )
     else:
         pruner = tp_amp.AdaptiveMLPPruner(
             model,
@@ -66,7 +73,9 @@ def prune_model(
             judging,
             target=options.target,
             max_increase=1e-2 if options.max_increase is None else options.max_increase,
-            compensation=options.compensation,
+            compensation=tp_amp.Recipe(
+                options.compensation, every_linear=options.refine > 0, refine=options.refine
+            ),
             compensation_data=scoring,
             checkpoint=options.checkpoint,
             prune_num_heads=options.prune_num_heads,

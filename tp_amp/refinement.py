@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from tp_amp.distributed import add_up_named, of_each
 
 # What the objective does not see of an output still steers what comes after it.
 _LEAST = 0.1
-# The largest step, relative to the root mean square of a layer's weights.
-_RATE = 0.04
+# The largest step, relative to a layer's root mean square weight and to its output's error.
+_RATE = 0.1
 
 
 def cost_factor(sensitivity: Tensor | None, outputs: int) -> Tensor:
@@ -35,18 +35,35 @@ def cost_factor(sensitivity: Tensor | None, outputs: int) -> Tensor:
     return factor
 
 
+def spread(values: Iterable[Tensor]) -> float:
+    """The sum of squares around the mean, over all batches `(tokens, outputs)` of all ranks."""
+    sums: dict[str, Tensor] = {}
+    for batch in values:
+        part = batch.double()
+        count = torch.tensor(float(len(part)))
+        new = {"count": count, "sum": part.sum(0), "squares": part.square().sum()}
+        sums = {name: sums[name] + value if sums else value for name, value in new.items()}
+    sums = add_up_named("the outputs to refine", sums)
+    return float(sums["squares"] - sums["sum"].square().sum() / sums["count"].to(sums["sum"]))
+
+
 def refine(
-    layers: Mapping[str, nn.Module], losses: Sequence[Callable[[], Tensor]], passes: int
+    layers: Mapping[str, nn.Module],
+    losses: Sequence[Callable[[], Tensor]],
+    whole: float,
+    passes: int,
 ) -> dict[str, dict[str, Tensor]]:
     """Minimise a sum of losses over weights and biases of layers by Adam, from where they are.
 
     One step for each loss, or for those at the same place on all ranks of a process group. The
-    rate falls from 4 % of a layer's root mean square weight to nothing along a cosine. Nothing is
-    drawn at random, and weights of less than float32 are trained in float32.
+    rate is a tenth of a layer's root mean square weight times the relative error to begin with, and
+    falls to nothing along a cosine: what is nearly right is hardly moved. Nothing is drawn at
+    random, and weights of less than float32 are trained in float32.
 
     Args:
         layers: module path -> layer; each has its own parameters back at the end.
         losses: of each batch, as a sum over its tokens; they run the layers.
+        whole: what they would add up to for an output that is constant.
         passes: how often to go through the losses.
 
     Returns:
@@ -55,17 +72,19 @@ def refine(
     """
     own = {name: dict(layer._parameters) for name, layer in layers.items()}
     used: dict[str, nn.Parameter] = {}
-    rates: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for name, layer in layers.items():
         size = float(own[name]["weight"].detach().float().square().mean().sqrt())  # type: ignore[union-attr]
         for key, value in own[name].items():
             if value is not None:
                 used[f"{name}.{key}"] = nn.Parameter(value.detach().clone())
-                rates[f"{name}.{key}"] = _RATE * size
+                sizes[f"{name}.{key}"] = size
                 layer._parameters[key] = used[f"{name}.{key}"]
     try:
         before = after = _total(losses)
         if 0 < before < math.inf:
+            rate = _RATE * math.sqrt(min(1.0, before / whole)) if whole > 0 else _RATE
+            rates = {name: rate * size for name, size in sizes.items()}
             _descend(used, rates, losses, passes, before)
             after = _total(losses)
     finally:

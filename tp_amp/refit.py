@@ -22,7 +22,7 @@ from tp_amp.groups import group_layers
 from tp_amp.mlps import MLP
 from tp_amp.objectives import Objective
 from tp_amp.recipe import Recipe, applied, corrected, given_weights, place_weights
-from tp_amp.refinement import cost_factor, refine
+from tp_amp.refinement import cost_factor, refine, spread
 from tp_amp.sensitivity import output_sensitivity, repeated
 from tp_amp.watching import arguments, calls_in_order, watch
 
@@ -178,19 +178,30 @@ class _Walk:
         read = [arguments(module, mlp, _inputs(step, state)) for state in self.cut]
         factor = cost_factor(self.costs[layer.name], targets[0].shape[1]).to(targets[0].device)
 
+        def costly(values: Tensor, batch: int) -> Tensor:
+            """Values whose squares add up to what they cost as errors."""
+            weights = self._weights(layer, self.given[batch], len(values))
+            if weights is None:
+                return values.to(factor) @ factor
+            seen = weights > 0  # what padding holds must not matter, be it NaN
+            return weights[seen].sqrt().to(factor)[:, None] * (values[seen].to(factor) @ factor)
+
         def loss(batch: int) -> Tensor:
             (_, output), _ = watch(mlp, self.model, layer.name, read[batch], stop=True)
-            errors = (output - targets[batch]).to(factor)
-            weights = self._weights(layer, self.given[batch], len(errors))
-            if weights is None:
-                return (errors @ factor).square().sum()
-            seen = weights > 0  # what padding holds must not matter, be it NaN
-            return (weights[seen].to(factor) @ (errors[seen] @ factor).square()).sum()
+            return costly(output - targets[batch], batch).square().sum()
 
         names = [name for name in (*site.up, site.down) if name in self.corrections]
         layers = {name: self.model.get_submodule(name) for name in names}
         losses = [partial(loss, batch) for batch in range(len(read))]
-        for name, added in refine(layers, losses, self.recipe.refine).items():
+        whole = spread(costly(target, batch) for batch, target in enumerate(targets))
+        found = refine(layers, losses, whole, self.recipe.refine)
+        if not found:
+            logger.warning(
+                "%s: refining found nothing better than the closed form; try more passes, or "
+                "batches of fewer images",
+                layer.name,
+            )
+        for name, added in found.items():
             self.corrections[name] = self.corrections[name].plus(added)
 
     @contextmanager
