@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from toys import fingerprint, images, perturbed, relative, toy
 
 import tp_amp
-from tp_amp import refit
+from tp_amp import refinement, refit
 from tp_amp.compensation import Correction
 from tp_amp.objectives import Objective
 from tp_amp.refinement import cost_factor, refine, spread
@@ -177,11 +177,11 @@ def test_errors_cost_less_than_with_the_best_linear_layers(gated: bool) -> None:
 
 def test_what_matters_is_fitted_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = toy(classes=2), images(64)
-    options: dict[str, Any] = {"every_linear": True, "refine": 20}
+    options: dict[str, Any] = {"every_linear": True, "refine": 100}
     better, _ = compensated(model, KEEP, [batch], **options)
-    monkeypatch.setattr(refit, "output_sensitivity", lambda *_, **__: {})
+    monkeypatch.setattr(refinement, "output_sensitivity", lambda *_, **__: {})
     plain, _ = compensated(model, KEEP, [batch], **options)
-    assert cost(model, better, DOWN[1], batch) < 0.9 * cost(model, plain, DOWN[1], batch)
+    assert cost(model, better, DOWN[1], batch) < 0.8 * cost(model, plain, DOWN[1], batch)
 
 
 def test_what_is_told_is_what_was_added() -> None:

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tp_amp.batches import Inputs
 from tp_amp.distributed import add_up_named, of_each
+from tp_amp.fitting import Layer
+from tp_amp.mlps import MLP
+from tp_amp.objectives import Objective
+from tp_amp.sensitivity import output_sensitivity
+
+logger = logging.getLogger(__name__)
 
 # What the objective does not see of an output still steers what comes after it.
 _LEAST = 0.1
 # The largest step, relative to a layer's root mean square weight and to its output's error.
 _RATE = 0.1
+
+
+def cost_factors(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """What errors of the MLPs that can be refined cost the dense model's predictions.
+
+    Args:
+        model: the dense model.
+        layers: that are fitted.
+        batches: unlabelled images, prepared.
+
+    Returns:
+        `down` -> L, `(outputs, outputs)`: an error e of the outputs that stay costs |e L|^2, by the
+        Fisher information, relative to its mean over the outputs.
+    """
+    mlps = {layer.name: layer for layer in layers if isinstance(layer.site, MLP)}
+    fused = [
+        n for n, x in mlps.items() if isinstance(x.site, MLP) and (x.site.fused or x.site.first)
+    ]
+    if fused:
+        logger.warning("%s read more than an MLP and are not refined", ", ".join(fused))
+    mlps = {name: layer for name, layer in mlps.items() if name not in fused}
+    if not mlps:
+        return {}
+    raw = [batch.raw() for batch in batches]
+    found = output_sensitivity(model, mlps, raw, Objective(), skip_unused=True, progress=False)
+    factors = {}
+    for name, layer in mlps.items():
+        weight: Any = model.get_submodule(name).weight
+        kept = list(range(len(weight)) if layer.outputs is None else layer.outputs)
+        factors[name] = cost_factor(
+            found[name][kept][:, kept] if name in found else None, len(kept)
+        )
+    return factors
 
 
 def cost_factor(sensitivity: Tensor | None, outputs: int) -> Tensor:
