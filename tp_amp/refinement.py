@@ -54,9 +54,8 @@ def cost_factors(
     for name, layer in mlps.items():
         weight: Any = model.get_submodule(name).weight
         kept = list(range(len(weight)) if layer.outputs is None else layer.outputs)
-        factors[name] = cost_factor(
-            found[name][kept][:, kept] if name in found else None, len(kept)
-        )
+        sensitivity = found[name][kept][:, kept] if name in found else None
+        factors[name] = cost_factor(sensitivity, len(kept))
     return factors
 
 
