@@ -78,6 +78,10 @@ class Case:
             TAYLOR: self.taylor,
             "search probe": self.probe,
             COMPENSATION: self.compensation,
+            f"{COMPENSATION}, every Linear": lambda: self.compensation(every_linear=True),
+            f"{COMPENSATION}, every Linear, 10 passes": lambda: self.compensation(
+                every_linear=True, refine=10
+            ),
             "find_mlps": lambda: tp_amp.find_mlps(self.model, self.example),
         }
 
@@ -98,10 +102,11 @@ class Case:
             importance(mlp_group(self.graph, mlp, range(mlp.width)))
         self.model.zero_grad()
 
-    def compensation(self) -> None:
+    def compensation(self, **further: Any) -> None:
         """Moments, solves and a walk through the depth, with half of every MLP kept."""
         keep = {mlp.down: list(range(mlp.width // 2)) for mlp in self.mlps}
-        fit(self.graph, self.mlps, keep, self.batches, Recipe("affine"), progress=False)
+        recipe = Recipe("affine", **further)
+        fit(self.graph, self.mlps, keep, self.batches, recipe, progress=False)
 
     def probe(self) -> None:
         """One step of the width search: half of one MLP, over the same images."""
