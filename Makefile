@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OLDEST ?= .venv-oldest
+TESTS ?=
 CASES ?= 1000
 SEED ?= 0
 
@@ -33,9 +34,10 @@ docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees tp_amp/docs build/docs
 
 # With the oldest releases that are supported, in an environment of its own: the tests but for the
-# slow ones. What these releases can't do is skipped, and listed with the reason.
+# slow ones, or those in the files of TESTS alone. What these releases can't do is skipped, and
+# listed with the reason.
 oldest: $(OLDEST)/installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not timing" -rs
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not timing" -rs $(TESTS)
 
 # CASES more of each property test, drawn from SEED; how many were run is added up in build/cases.log.
 cases: $(VENV)/installed
