@@ -37,7 +37,9 @@ from hypothesis import strategies as st
 from toys import fingerprint
 
 import tp_amp
+from tp_amp.objectives import Objective
 from tp_amp.saving import cut_untraced
+from tp_amp.sensitivity import output_sensitivity
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -148,6 +150,15 @@ def tokens(model: torch.nn.Module, name: str, x: torch.Tensor) -> tuple[numpy.nd
     return seen[0], seen[1]
 
 
+def kept_rows(plan: tp_amp.PruningPlan, name: str, outputs: int) -> list[int]:
+    """Which outputs of a layer stay: a cut layer may feed another MLP whose channels are cut."""
+    for site in plan.sites.values():
+        if name in site.up:
+            parts = range(site.packed)
+            return [j + part * site.width for part in parts for j in plan.keep[site.down]]
+    return list(range(outputs))
+
+
 @given(specs(), seeds, st.sampled_from(["affine", "mean"]))
 def test_compensation_is_optimal(spec: Spec, seed: int, method: Any) -> None:
     """No other weight and bias of a cut layer bring it nearer to what the dense one gives."""
@@ -167,11 +178,7 @@ def test_compensation_is_optimal(spec: Spec, seed: int, method: Any) -> None:
     for name, correction in fitted.items():
         read, gave = tokens(model, name, x)
         _, wanted = tokens(dense, name, x)
-        for site in plan.sites.values():
-            if name in site.up:  # its outputs are cut too
-                parts = range(site.packed)
-                rows = [j + part * site.width for part in parts for j in plan.keep[site.down]]
-                wanted = wanted[:, rows]
+        wanted = wanted[:, kept_rows(plan, name, wanted.shape[1])]
         error = numpy.square(gave - wanted).sum(1).mean()
         scale = numpy.square(wanted).sum(1).mean() + numpy.square(gave).sum(1).mean()
         rounding = 1e-9 * max(scale, correction.error_before) + 1e-14
@@ -205,6 +212,37 @@ def cuts_shared(model: torch.nn.Module, plan: tp_amp.PruningPlan) -> bool:
         for name, kept in plan.keep.items()
         if len(kept) < plan.dense_widths[name]
     )
+
+
+@given(specs(), seeds)
+def test_refining_costs_no_more(spec: Spec, seed: int) -> None:
+    """The errors of the first MLP that is cut, before which nothing is lost."""
+    model = build(spec)
+    plan = plan_of(spec, model, seed)
+    assume(plan.keep and not cuts_shared(model, plan))
+    x = inputs(spec, 12)
+    closed, refined = copy.deepcopy(model), copy.deepcopy(model)
+    options: dict[str, Any] = {"every_linear": True, "progress": False}
+    fitted = tp_amp.compensate(closed, plan, x.split(5), **options)
+    tp_amp.compensate(refined, plan, x.split(5), refine=3, **options)
+    assume(fitted)
+    name = next(name for name in fitted if name in plan.keep)
+    # What one MLP gives may be the hidden channels of the next, which is refined after it.
+    assume(not any(name in site.up for site in plan.sites.values()))
+    found = output_sensitivity(
+        model, [name], x.split(5), Objective(), skip_unused=True, progress=False
+    )
+    _, wanted = tokens(model, name, x)
+    metric = numpy.eye(wanted.shape[1])
+    if name in found and found[name].diagonal().sum() > 0:
+        sensitivity = found[name].numpy()
+        metric = sensitivity / sensitivity.diagonal().mean() + 0.1 * metric
+    errors = [tokens(cut, name, x)[1] - wanted for cut in (closed, refined)]
+    before, after = (((error @ metric) * error).sum() for error in errors)
+    assert after <= before * (1 + 1e-6) + 1e-12 * numpy.square(wanted).sum()
+    for key, value in refined.state_dict().items():
+        assert torch.isfinite(value).all()
+        assert value.shape == closed.state_dict()[key].shape
 
 
 @given(
@@ -338,12 +376,13 @@ def work(spec: Spec, name: str, model: torch.nn.Module) -> None:
         if name == "apply":
             tp_amp.apply_plan(model, x[:1], plan)
         else:
-            tp_amp.compensate(model, plan, batches, progress=False)
+            further = {"every_linear": True, "refine": 2} if name == "refine" else {}
+            tp_amp.compensate(model, plan, batches, progress=False, **further)
 
 
 WORKS = (
     *("find", "entropy", "reconstruction", "target", "search", "search compensated"),
-    *("apply", "compensate"),
+    *("apply", "compensate", "refine"),
 )
 
 

@@ -150,8 +150,11 @@ class _Walk:
     def _refine(self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]) -> None:
         """Improve the layers of an MLP together; what that changes is added to the corrections."""
         site: Any = layer.site
-        mlp = self.model.get_submodule(site.name)
-        read = [arguments(module, mlp, _inputs(step, state)) for state in self.cut]
+        part = self.model.get_submodule(site.name)
+        states = [_inputs(step, state) for state in self.cut]
+        read = [found for state in states if (found := arguments(module, part, state))]
+        if len(read) < len(states):  # only its layers are called, not what holds them
+            part, read = module, states
         kind = torch.promote_types(targets[0].dtype, torch.float32)
         factor = self.factors[layer.name].to(targets[0].device, kind)
 
@@ -164,7 +167,7 @@ class _Walk:
             return weights[seen].sqrt().to(factor)[:, None] * (values[seen].to(factor) @ factor)
 
         def loss(batch: int) -> Tensor:
-            (_, output), _ = watch(mlp, self.model, layer.name, read[batch], stop=True)
+            (_, output), _ = watch(part, self.model, layer.name, read[batch], stop=True)
             return costly(output - targets[batch], batch).square().sum()
 
         names = [name for name in (*site.up, site.down) if name in self.corrections]
@@ -206,4 +209,5 @@ def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:
     """What the first step is called with: its first argument, or the batch for a whole model."""
     if not step.name:
         return batch
-    return arguments(model, model.get_submodule(step.name), batch).args[0]
+    called = arguments(model, model.get_submodule(step.name), batch)
+    return called.args[0] if called else batch

@@ -47,8 +47,8 @@ def watch(
     return seen[0], output
 
 
-def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs:
-    """Run a module up to a part of it; give what the part is called with."""
+def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | None:
+    """Run a module up to a part of it; give what the part is called with, None if it is not."""
     seen: list[Inputs] = []
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs:
 
     with hooks([part.register_forward_pre_hook(see, with_kwargs=True)]), suppress(_Stop):
         inputs.call(module)
-    return seen[0]
+    return seen[0] if seen else None
 
 
 def calls_in_order(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[str]:
