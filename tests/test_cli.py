@@ -655,7 +655,9 @@ def test_no_memory_and_no_network(
 
     with monkeypatch.context() as patch:
         patch.setattr("tp_amp.command_parts.draw", no_memory)
-        assert "out of memory; lower --batch-size" in fails(capsys, PRUNE)
+        told = fails(capsys, PRUNE)
+        assert "out of memory; lower --batch-size" in told
+        assert "--activation-checkpointing" in told
     monkeypatch.setattr(timm, "create_model", no_network)
     line = fails(capsys, ("inspect", MODEL[0], "--pretrained"))
     assert "(Name or service not known); check the name" in line

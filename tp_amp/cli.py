@@ -60,7 +60,10 @@ def _mistake(error: Exception) -> str | None:
     if "No space left on device" in text:
         return f"no space left on device ({text}); free some, or choose another --output"
     if "out of memory" in text or "can't allocate memory" in text:
-        return "out of memory; lower --batch-size or --images, or take another --device"
+        return (
+            "out of memory; lower --batch-size or --images, prune with --activation-checkpointing, "
+            "or take another --device"
+        )
     # What the library raises for its arguments; OSErrors name their file.
     known = (ValueError, TypeError, ImportError, OSError)
     return text if isinstance(error, known) else None
