@@ -39,13 +39,12 @@ def cost_factors(
         `down` -> L, `(outputs, outputs)`: an error e of the outputs that stay costs |e L|^2, by the
         Fisher information, relative to its mean over the outputs.
     """
-    mlps = {layer.name: layer for layer in layers if isinstance(layer.site, MLP)}
-    fused = [
-        n for n, x in mlps.items() if isinstance(x.site, MLP) and (x.site.fused or x.site.first)
-    ]
-    if fused:
-        logger.warning("%s read more than an MLP and are not refined", ", ".join(fused))
-    mlps = {name: layer for name, layer in mlps.items() if name not in fused}
+    mlps: dict[str, Layer] = {}
+    for layer in layers:
+        if isinstance(layer.site, MLP) and (layer.site.fused or layer.site.first):
+            logger.warning("%s reads more than an MLP and is not refined", layer.name)
+        elif isinstance(layer.site, MLP):
+            mlps[layer.name] = layer
     if not mlps:
         return {}
     raw = [batch.raw() for batch in batches]
