@@ -152,7 +152,7 @@ class _Walk:
         site: Any = layer.site
         part = self.model.get_submodule(site.name)
         states = [_inputs(step, state) for state in self.cut]
-        read = [found for state in states if (found := arguments(module, part, state))]
+        read = [called for state in states if (called := arguments(module, part, state))]
         if len(read) < len(states):  # only its layers are called, not what holds them
             part, read = module, states
         kind = torch.promote_types(targets[0].dtype, torch.float32)
