@@ -318,6 +318,30 @@ def test_nothing_gained_is_told(
         assert f"{name}: refining found nothing better" in caplog.text
 
 
+class Loose(nn.Module):
+    """An MLP whose layers are called one by one: what holds them never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = tokens
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(tokens + hidden).mean(1)
+
+
+def test_layers_in_a_list_are_refined() -> None:
+    torch.manual_seed(0)
+    model, keep = perturbed(Loose()), {"layers.2": [0, 2, 5, 11]}
+    tokens = torch.randn(40, 8, 6, generator=torch.Generator().manual_seed(3))
+    closed, _ = compensated(model, keep, tokens.split(10), every_linear=True)
+    better, _ = compensated(model, keep, tokens.split(10), every_linear=True, refine=20)
+    assert cost(model, better, "layers.2", tokens) < 0.9 * cost(model, closed, "layers.2", tokens)
+
+
 def test_parallel_blocks_are_named_and_not_refined(caplog: pytest.LogCaptureFixture) -> None:
     model = timm.create_model(
         "vit_dpwee_patch16_reg1_gap_256", depth=2, embed_dim=32, num_heads=2, num_classes=5
