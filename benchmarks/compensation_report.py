@@ -11,6 +11,7 @@ from reference import spread, table
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 CURVES = {
+    "Reconstruction, own widths + affine, every Linear, refined": ("#B22222", "*", "-"),
     "Reconstruction, own widths + affine, every Linear": ("#D55E00", "o", "-"),
     "Reconstruction, own widths + affine": ("#E69F00", "s", "-"),
     "EntropyTaylor, prediction + affine": ("#0072B2", "^", "--"),
