@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -161,6 +162,13 @@ def test_sorted_images_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pruner_of(toy(), 0.1).step()
     assert "shuffle them once" not in caplog.text
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    pruner_of(toy(), None)
+    with pytest.raises(ImportError, match=r"install tp-amp\[sequential\]"):
+        pruner_of(toy(), 0.05)
 
 
 @pytest.mark.parametrize("error", [0, 0.5, 1.0, -0.1])

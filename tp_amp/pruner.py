@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch_pruning import dependency
 
 from tp_amp._state import check_finite, observing
-from tp_amp.adaptive import Compensator, Found, WidthSearch
+from tp_amp.adaptive import Found, WidthSearch
 from tp_amp.attention import find_attentions
 from tp_amp.batches import check_batches, example, stream
 from tp_amp.budget import Budget
 from tp_amp.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.compensation import Correction, Method
+from tp_amp.compensator import Compensator
 from tp_amp.cutting import Site, cut
 from tp_amp.distributed import check_same_weights, together
 from tp_amp.estimate import Estimate, estimate_search, profiled
@@ -103,8 +104,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             moves its layer's width by one step of the bisection only; see `Verdicts`. The width
             found for a layer is tried on all images, so that it is within the tolerance as
             without. The batches must be drawn at random, the same ones each time, and small
-            (verdicts come after a batch), and many images save a larger share. None runs all
-            images.
+            (verdicts come after a batch), and many images save a larger share. Needs
+            `tp-amp[sequential]`. None runs all images.
         checkpoint: a folder where the search writes rankings and the entropy of every probe, and
             the scoring its sums after every batch. Killed at any moment and started again with
             the same arguments, `step` goes on from there and finds the same plan, at the cost of
@@ -126,6 +127,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     Raises:
         ValueError: no MLP is found, or no attention that can lose heads where that is asked, an
             argument is out of range, weights are not finite, or `step` can't meet the target.
+        ImportError: `error_probability` is given, and scipy is missing.
         RuntimeError: in `step`, another rank failed, with its message, or is gone.
         TypeError: `calibration` or `compensation_data` can be read only once.
 

@@ -25,7 +25,7 @@ def check_numbers(
     max_pruning_ratio: float,
     error_probability: float | None,
 ) -> None:
-    """Raise ValueError for a number out of range."""
+    """Raise ValueError for a number out of range, ImportError for what a test of images needs."""
     if not (math.isfinite(max_increase) and max_increase >= 0):
         raise ValueError(
             f"max_increase must be a finite number of nats, zero or more, found {max_increase}"
@@ -39,10 +39,15 @@ def check_numbers(
         )
     if error_probability is not None and not 0 < error_probability < 0.5:
         raise ValueError(f"error_probability must lie between 0 and 0.5, found {error_probability}")
-    if error_probability is not None and active():
-        raise ValueError(
-            "error_probability is for one process; on several, every probe runs all images"
-        )
+    if error_probability is not None:
+        if active():
+            raise ValueError(
+                "error_probability is for one process; on several, every probe runs all images"
+            )
+        try:
+            import scipy.special  # noqa: F401
+        except ImportError as error:
+            raise ImportError("install tp-amp[sequential] (scipy) for error_probability") from error
 
 
 def check_data(importance: Any, calibration: Iterable[Any], rescore: bool) -> None:

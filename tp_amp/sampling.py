@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ SMALLEST = 24  # values before the first look: fewer tell too little of the skew
 GROWTH = 2.0  # from look to look
 
 
-class Estimate(NamedTuple):
+class EstimatedMean(NamedTuple):
     """The mean of a population, estimated from some of its values."""
 
     mean: float
@@ -37,25 +36,19 @@ class Estimate(NamedTuple):
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Upper quantile of Student's t, to 1 % from 8 degrees of freedom on.
-
-    The expansion around the normal quantile (Abramowitz and Stegun 1964, 26.7.5).
+    """Upper quantile of Student's t.
 
     Example:
         >>> round(t_quantile(0.025, 20), 2)
         2.09
     """
-    z = -NormalDist().inv_cdf(probability)
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(freedom, probability))
 
 
-def estimate_mean(values: Tensor, known: Tensor) -> Estimate:
-    """Estimate the mean of a finite population of which some values are drawn, none twice.
+def estimate_mean(values: Tensor, known: Tensor) -> EstimatedMean:
+    """EstimatedMean the mean of a finite population of which some values are drawn, none twice.
 
     The linear regression estimator with the finite-population correction (Cochran, Sampling
     Techniques, 1977, 2.8 and 7.1 to 7.3).
@@ -83,7 +76,7 @@ def estimate_mean(values: Tensor, known: Tensor) -> Estimate:
     spread = spread if spread * count > 1e-12 else 0.0
     freedom, square = count - columns.shape[1], float(residuals @ residuals)
     skewness = float(residuals.pow(3).sum()) / square**1.5 if spread and square else 0.0
-    return Estimate(float(fitted[0]), math.sqrt(spread * square / freedom), skewness, freedom)
+    return EstimatedMean(float(fitted[0]), math.sqrt(spread * square / freedom), skewness, freedom)
 
 
 def looks(sizes: Sequence[int]) -> list[int]:

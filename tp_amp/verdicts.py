@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from tp_amp.sampling import Estimate, estimate_mean, looks, t_quantile
+from tp_amp.sampling import EstimatedMean, estimate_mean, looks, t_quantile
 from tp_amp.sequential import SequentialTest
 
 KNOWN = 3  # complete states that others are regressed on: more tell little new
@@ -125,7 +125,7 @@ class Verdicts:
             self._complete.append(state)
         return True
 
-    def _risen(self, state: str) -> Estimate:
+    def _risen(self, state: str) -> EstimatedMean:
         """The rise over the reference, by regression on it and others that ran on all images."""
         names = [*self._complete[-KNOWN:], self.reference]
         known = torch.stack([self.test.values(name, self._ends[-1]) for name in names], 1)
