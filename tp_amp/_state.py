@@ -148,6 +148,10 @@ def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+class Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Iterator[None]:
     """Give a module a forward pass made from its own; no hook, which may switch fast paths off."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tp_amp._state import evaluating, replaced_forward, seeded, some_values
+from tp_amp._state import Stop, evaluating, replaced_forward, seeded, some_values
 from tp_amp.batches import Inputs, one_image, stream
 from tp_amp.chain import all_tensors, find_chain
 from tp_amp.cutting import Site
@@ -142,7 +142,7 @@ class Prefix:
                 stack.enter_context(_seen(self.model.get_submodule(name), keep))
             stack.enter_context(self._stopped(self.steps[place]))
             for inputs in passes:
-                with suppress(_Stop):
+                with suppress(Stop):
                     inputs.call(self.model)
         self.most = max(self.most, _bytes(self._given))
         last = self._given.get(self.steps[place - 1], [])
@@ -197,7 +197,7 @@ class Prefix:
                 stack.enter_context(self._stopped(name))
             for inputs in passes if wanted else ():
                 started.clear()
-                with suppress(_Stop):
+                with suppress(Stop):
                     inputs.call(self.model)
         whole = all(len(outputs) == len(self._first) for outputs in done.values())
         fits = _bytes(self._given) + _bytes(done) <= self.limit
@@ -208,7 +208,7 @@ class Prefix:
         """A pass that ends where a module would run."""
 
         def stop(_: Any) -> None:
-            raise _Stop
+            raise Stop
 
         return replaced_forward(self.model.get_submodule(name), _announced(stop))
 
@@ -267,10 +267,6 @@ def _on_host(values: Tensor) -> Tensor:
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type == "cuda")
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
 
 
 class _OtherBatch(Exception):

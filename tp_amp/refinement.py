@@ -15,12 +15,10 @@ from tp_amp.distributed import add_up_named, of_each
 from tp_amp.fitting import Layer
 from tp_amp.mlps import MLP
 from tp_amp.objectives import Objective
-from tp_amp.sensitivity import output_sensitivity
+from tp_amp.sensitivity import LEAST, output_sensitivity
 
 logger = logging.getLogger(__name__)
 
-# What the objective does not see of an output still steers what comes after it.
-_LEAST = 0.1
 # The largest step, relative to a layer's root mean square weight and to its output's error.
 _RATE = 0.1
 
@@ -72,7 +70,7 @@ def cost_factor(sensitivity: Tensor | None, outputs: int) -> Tensor:
     """
     if sensitivity is None or not float(sensitivity.diagonal().sum()) > 0:
         return torch.eye(outputs)
-    least = _LEAST * torch.eye(outputs).to(sensitivity)
+    least = LEAST * torch.eye(outputs).to(sensitivity)
     factor: Tensor = torch.linalg.cholesky(sensitivity / sensitivity.diagonal().mean() + least)
     return factor
 

@@ -15,8 +15,9 @@ from tp_amp.distributed import Turn, add_up_named, agree, in_turns, of_each, tog
 from tp_amp.objectives import Objective, resolve_on
 from tp_amp.recomputing import recomputing
 
-# What the objective does not see of a layer still steers what comes after it.
-_LEAST = 0.1
+# What the objective does not see of a layer still steers what comes after it: such a share of the
+# mean is added to what errors cost.
+LEAST = 0.1
 
 
 def output_sensitivity(
@@ -116,7 +117,7 @@ def place_sensitivity(
     added = _added({name: total for name, total in totals.items() if name not in uneven})
     _check_finite(added)
     return {
-        name: total.to(totals[name]) / total.mean() + _LEAST
+        name: total.to(totals[name]) / total.mean() + LEAST
         for name, total in added.items()
         if float(total.sum()) > 0
     }

@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp._state import hooks
+from tp_amp._state import Stop, hooks
 from tp_amp.batches import Inputs
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
 
 
 def watch(
@@ -37,10 +33,10 @@ def watch(
     def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((_tokens(layer, args[0]), _tokens(layer, output)))
         if stop:
-            raise _Stop
+            raise Stop
 
     output = None
-    with hooks([layer.register_forward_hook(see)]), suppress(_Stop):
+    with hooks([layer.register_forward_hook(see)]), suppress(Stop):
         output = inputs.call(module)
     if not seen:
         raise ValueError(f"{name} was not called on a batch; check the batches")
@@ -53,9 +49,9 @@ def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | No
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(Inputs(args, kwargs))
-        raise _Stop
+        raise Stop
 
-    with hooks([part.register_forward_pre_hook(see, with_kwargs=True)]), suppress(_Stop):
+    with hooks([part.register_forward_pre_hook(see, with_kwargs=True)]), suppress(Stop):
         inputs.call(module)
     return seen[0] if seen else None
 
