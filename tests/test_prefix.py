@@ -16,7 +16,7 @@ from toys import Block, ToyViT, images, perturbed, toy
 from zoo import TIMM, hugging_face_models, open_clip_models
 
 import tp_amp
-from tp_amp import prefix
+from tp_amp import prefix, replaying
 
 
 def plan_of(model: nn.Module, cache_bytes: int, **options: Any) -> str:
@@ -207,8 +207,8 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stored = self.fetched = 0
-        monkeypatch.setattr(prefix, "_on_host", self.store)
-        monkeypatch.setattr(prefix, "_on_device", self.fetch)
+        monkeypatch.setattr(replaying, "_on_host", self.store)
+        monkeypatch.setattr(replaying, "_on_device", self.fetch)
 
     def store(self, values: Tensor) -> Tensor:
         assert values.dtype == torch.float32
@@ -236,17 +236,17 @@ def test_what_is_kept_goes_to_the_host_and_back(
 
 def test_on_the_cpu_nothing_is_copied() -> None:
     values = torch.randn(3)
-    kept = prefix._kept(values)
+    kept = replaying.stored(values)
     assert kept.values is values
     assert kept.back() is values
     shape = torch.empty(3, device="meta")
-    assert prefix._kept(shape).back() is shape
+    assert replaying.stored(shape).back() is shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_what_is_kept_lies_in_pinned_host_memory() -> None:
     values = torch.randn(3, 5, device="cuda").T
-    kept = prefix._kept(values)
+    kept = replaying.stored(values)
     assert kept.values.is_pinned()
     assert torch.equal(kept.back(), values)
     assert kept.back().stride() == values.stride()

@@ -17,7 +17,7 @@ from toys import fingerprint, images, toy
 
 import tp_amp
 from tp_amp import EntropyTaylorImportance, ReconstructionImportance
-from tp_amp.importance import _Recorder
+from tp_amp.recording import Recorder
 
 
 class PeakMemory(TorchDispatchMode):
@@ -101,13 +101,13 @@ def test_reconstruction_is_the_same_bit_for_bit(name: str) -> None:
 
 def test_each_input_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    add = _Recorder._add
+    add = Recorder._add
 
-    def count(self: _Recorder, module: nn.Module, *values: Tensor) -> None:
+    def count(self: Recorder, module: nn.Module, *values: Tensor) -> None:
         told.append(self.names[module])
         add(self, module, *values)
 
-    monkeypatch.setattr(_Recorder, "_add", count)
+    monkeypatch.setattr(Recorder, "_add", count)
     model = toy(depth=4)
     runs: list[str] = []
     model.blocks[0].query.register_forward_hook(lambda *_: runs.append("query"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from tp_amp.attention import read_attentions
 from tp_amp.cutting import Site, cut, site_group, undone_after_errors
 from tp_amp.graph import TracedGraph, build_graph
-from tp_amp.heads import Attention
-from tp_amp.mlps import MLP, read_mlps
+from tp_amp.mlps import read_mlps
+from tp_amp.records import (
+    from_record,
+    read_indices,
+    read_typed,
+    to_record,
+    write_lines,
+)
 from tp_amp.search import Probe
 
 if TYPE_CHECKING:
@@ -90,7 +96,7 @@ class PruningPlan:
             "sites": {name: to_record(site) for name, site in self.sites.items()},
             "keep": self.keep,
         }
-        lines = [f'  "{key}": {_lines(value)}' for key, value in parts.items()]
+        lines = [f'  "{key}": {write_lines(value)}' for key, value in parts.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
@@ -113,13 +119,18 @@ class PruningPlan:
             )
         try:
             plan = cls(
-                keep={str(n): _indices(kept) for n, kept in record["keep"].items()},
-                dense_widths={str(n): _index(w) for n, w in record["dense_widths"].items()},
+                keep={str(n): read_indices(kept) for n, kept in record["keep"].items()},
+                dense_widths={
+                    str(n): read_typed(w, int) for n, w in record["dense_widths"].items()
+                },
                 probes={
-                    str(name): [Probe(_index(w), _number(e), bool(a)) for w, e, a in probes]
+                    str(name): [
+                        Probe(read_typed(w, int), float(read_typed(e, int | float)), bool(a))
+                        for w, e, a in probes
+                    ]
                     for name, probes in record["probes"].items()
                 },
-                dense_entropy=_typed(record["dense_entropy"], int | float | None),
+                dense_entropy=read_typed(record["dense_entropy"], int | float | None),
                 sites={str(n): from_record(r) for n, r in record.get("sites", {}).items()},
             )
             wrong = [name for name, site in plan.sites.items() if site.down != name]
@@ -285,55 +296,3 @@ def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: 
     sums = scores.view(site.width, -1).sum(1)
     order: list[int] = sums.argsort(descending=True, stable=True).tolist()
     return order
-
-
-def to_record(site: Site) -> dict[str, Any]:
-    """A site as JSON, with its kind."""
-    return {"kind": type(site).__name__, **asdict(site)}
-
-
-def from_record(record: dict[str, Any]) -> Site:
-    """Read a site that `to_record` wrote.
-
-    Raises:
-        KeyError, TypeError or ValueError: it is damaged.
-    """
-    kinds: dict[str, type[Site]] = {"MLP": MLP, "Attention": Attention}
-    fields = {name: value for name, value in record.items() if name != "kind"}
-    site: Site = _typed(fields, kinds[record["kind"]])
-    if min(site.width, site.unit_width) < 1 or site.first < 0:
-        raise ValueError(f"no {record['kind']} has such sizes: {fields}")
-    return site
-
-
-def _typed(value: Any, expected: Any) -> Any:
-    """Read a value of JSON as a dataclass, a tuple or one of the plain types; nothing is cast."""
-    if is_dataclass(expected):
-        hints = get_type_hints(expected)
-        values = {name: _typed(item, hints[name]) for name, item in value.items()}
-        return expected(**values)  # type: ignore[operator]
-    if get_origin(expected) is tuple:
-        return tuple(_typed(item, get_args(expected)[0]) for item in _typed(value, list))
-    if type(value) not in (get_args(expected) or (expected,)):
-        raise TypeError(f"expected {expected}, found {value!r}")
-    return value
-
-
-def _lines(value: Any) -> str:
-    if not isinstance(value, dict):
-        return json.dumps(value)
-    return "{" + ",".join(f"\n    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "}"
-
-
-def _indices(values: Any) -> list[int]:
-    if set(map(type, values)) <= {int}:  # a million of them in the largest models
-        return list(values)
-    return [_index(value) for value in values]
-
-
-def _index(value: Any) -> int:
-    return int(_typed(value, int))
-
-
-def _number(value: Any) -> float:
-    return float(_typed(value, int | float))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tp_amp.batches import Inputs, one_image, stream
 from tp_amp.chain import all_tensors, find_chain
 from tp_amp.cutting import Site
 from tp_amp.distributed import RankError
+from tp_amp.replaying import Kept, announced, giving, stored, telling
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,11 +101,11 @@ class Prefix:
         name = self.steps[place - 1]
         given: list[Any] = []
         with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
-            with _seen(self.model.get_submodule(name), given.append):
+            with telling(self.model.get_submodule(name), given.append):
                 output = inputs.call(self.model)
             if type(given[0]) is not Tensor:
                 return False  # told when they are collected
-            self._given = {name: [_kept(given[0])]}
+            self._given = {name: [stored(given[0])]}
             try:
                 with seeded(0), self._replayed(place):
                     again = inputs.call(self.model)
@@ -139,14 +140,14 @@ class Prefix:
             stack.enter_context(self._first_seen())
             for name in self.steps[:place]:
                 keep = partial(self._keep, name)
-                stack.enter_context(_seen(self.model.get_submodule(name), keep))
+                stack.enter_context(telling(self.model.get_submodule(name), keep))
             stack.enter_context(self._stopped(self.steps[place]))
             for inputs in passes:
                 with suppress(Stop):
                     inputs.call(self.model)
         self.most = max(self.most, _bytes(self._given))
         last = self._given.get(self.steps[place - 1], [])
-        if not all(isinstance(output, _Kept) for output in last):
+        if not all(isinstance(output, Kept) for output in last):
             self._give_up("the blocks return more than a tensor", logging.INFO)
         elif not last:
             self._give_up("what one block gives is above the limit", logging.INFO)
@@ -154,7 +155,7 @@ class Prefix:
     def _keep(self, name: str, output: Any) -> None:
         if name not in self._given:  # it did not fit
             return
-        self._given[name].append(_kept(output))
+        self._given[name].append(stored(output))
         self._size += _bytes({name: self._given[name][-1:]})
         while self._given and self._size > self.limit:
             earliest = next(iter(self._given))
@@ -172,7 +173,7 @@ class Prefix:
         def keep(name: str, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
             if not started and (wanted is None or name in wanted):
-                done.setdefault(name, []).append(_kept(output))
+                done.setdefault(name, []).append(stored(output))
 
         names = [name for name, module in block.named_modules() if name and _is_large(module)]
         with ExitStack() as stack, self.passes() as passes:
@@ -180,17 +181,15 @@ class Prefix:
                 self._first = []
                 stack.enter_context(self._first_seen())
             for name in names:
-                stack.enter_context(_seen(block.get_submodule(name), partial(keep, name)))
+                stack.enter_context(telling(block.get_submodule(name), partial(keep, name)))
             for name in site.up:
                 up = self.model.get_submodule(name)
-                stack.enter_context(
-                    replaced_forward(up, _announced(lambda _: started.append(True)))
-                )
+                stack.enter_context(replaced_forward(up, announced(lambda _: started.append(True))))
             stack.enter_context(self._replayed(place))
             # The first batch runs to the end, to see which modules are called again.
             inputs = next(passes)
             inputs.call(self.model)
-            once = {n for n in done if started and calls[n] == 1 and isinstance(done[n][0], _Kept)}
+            once = {n for n in done if started and calls[n] == 1 and isinstance(done[n][0], Kept)}
             wanted = {n for n in once if not any(n.startswith(f"{other}.") for other in once)}
             done = {name: done[name] for name in wanted}
             for name in site.up:
@@ -210,13 +209,13 @@ class Prefix:
         def stop(_: Any) -> None:
             raise Stop
 
-        return replaced_forward(self.model.get_submodule(name), _announced(stop))
+        return replaced_forward(self.model.get_submodule(name), announced(stop))
 
     def _first_seen(self) -> Any:
         """Remember what the first step reads, to know the batches again."""
         first = self.model.get_submodule(self.steps[0])
         return replaced_forward(
-            first, _announced(lambda state: self._first.append(some_values(state)))
+            first, announced(lambda state: self._first.append(some_values(state)))
         )
 
     @contextmanager
@@ -230,43 +229,15 @@ class Prefix:
                 )
             if place:
                 outputs = self._given[self.steps[place - 1]]
-                stack.enter_context(_given(modules[place - 1], outputs[start:]))
+                stack.enter_context(giving(modules[place - 1], outputs[start:]))
             for name, outputs in self._inside[1].items():
-                stack.enter_context(_given(modules[place].get_submodule(name), outputs[start:]))
+                stack.enter_context(giving(modules[place].get_submodule(name), outputs[start:]))
             if self._first:
                 first = iter(self._first[start:])
                 stack.enter_context(
-                    replaced_forward(modules[0], _announced(lambda x: _check(x, first)))
+                    replaced_forward(modules[0], announced(lambda x: _check(x, first)))
                 )
             yield
-
-
-class _Kept(NamedTuple):
-    """What a module gave, in host memory, and the device that it belongs on."""
-
-    values: Tensor
-    device: torch.device
-
-    def back(self) -> Tensor:
-        return _on_device(self.values, self.device)
-
-
-def _kept(output: Any) -> Any:
-    return _Kept(_on_host(output), output.device) if type(output) is Tensor else output
-
-
-def _on_host(values: Tensor) -> Tensor:
-    """A copy in host memory, pinned of what CUDA holds: torch pins where a copy may be late.
-
-    Nothing but the copy back reads it, which the device does after this one.
-    """
-    if values.device.type in ("cpu", "meta"):
-        return values
-    return values.to("cpu", non_blocking=values.is_cuda)
-
-
-def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device, non_blocking=device.type == "cuda")
 
 
 class _OtherBatch(Exception):
@@ -278,39 +249,6 @@ def _check(state: Tensor, first: Iterator[bytes]) -> None:
         raise _OtherBatch
 
 
-def _given(module: nn.Module, outputs: list[Any]) -> Any:
-    """A module that gives what it gave, and runs nothing."""
-    rest = iter(outputs)
-    return replaced_forward(module, lambda own: lambda *_, **__: next(rest).back())
-
-
-def _seen(module: nn.Module, keep: Callable[[Any], None]) -> Any:
-    """A module that tells what it gives."""
-
-    def make(own: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            keep(output)
-            return output
-
-        return forward
-
-    return replaced_forward(module, make)
-
-
-def _announced(tell: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """A forward pass that tells its first argument before it runs."""
-
-    def make(own: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            tell(args[0] if args else None)
-            return own(*args, **kwargs)
-
-        return forward
-
-    return make
-
-
 def _is_large(module: nn.Module) -> bool:
     """Whether a module holds a matrix, which makes it worth keeping what it gives."""
     return any(parameter.dim() > 1 for parameter in module.parameters())
@@ -318,4 +256,4 @@ def _is_large(module: nn.Module) -> bool:
 
 def _bytes(kept: dict[str, list[Any]]) -> int:
     entries = (entry for outputs in kept.values() for entry in outputs)
-    return sum(entry.values.nbytes for entry in entries if isinstance(entry, _Kept))
+    return sum(entry.values.nbytes for entry in entries if isinstance(entry, Kept))
