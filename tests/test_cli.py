@@ -225,12 +225,25 @@ def test_latency_is_a_size_too(
 
 
 @pytest.mark.parametrize("importance", ["entropy", "reconstruction"])
-def test_activation_checkpointing_gives_the_same_plan(importance: str, here: Path) -> None:
-    command = [*PRUNE[:-1], "plain", "--importance", importance]
+def test_activation_checkpointing_gives_the_same_model(
+    importance: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In scoring, and in the backward passes of --refine."""
+    prepared: list[str] = []
+    recomputing = tp_amp.recomputing.recomputing
+    monkeypatch.setattr(
+        tp_amp.recomputing,
+        "recomputing",
+        lambda *given: prepared.append("once") or recomputing(*given),
+    )
+    command = [*PRUNE[:-1], "plain", "--importance", importance, "--refine", "1"]
     assert main(command) == 0
+    assert not prepared
     command[command.index("plain")] = "again"
     assert main([*command, "--activation-checkpointing"]) == 0
-    assert (here / "plain" / "plan.json").read_text() == (here / "again" / "plan.json").read_text()
+    assert len(prepared) == 2
+    for file in ("plan.json", "model.safetensors"):
+        assert (here / "plain" / file).read_bytes() == (here / "again" / file).read_bytes()
 
 
 def test_activation_checkpointing_is_refused_where_nothing_would_be_done(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,6 +98,26 @@ def test_reconstruction_is_the_same_bit_for_bit(name: str) -> None:
         errors.append(importance.errors)
     assert all(torch.equal(orders[0][down], orders[1][down]) for down in downs)
     assert all(torch.equal(errors[0][down], errors[1][down]) for down in downs)
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"every_linear": True, "refine": 2}, {"token_weights": "sensitivity"}]
+)
+def test_compensation_is_the_same(recipe: dict[str, Any]) -> None:
+    mlps = tp_amp.find_mlps(toy(depth=4), images(1))
+    plan = tp_amp.PruningPlan({mlp.down: [0, 3, 4] for mlp in mlps})
+    found, runs = [], []
+    for again in (False, True):
+        model, seen = toy(depth=4), []
+        model.head.register_forward_hook(lambda *_, seen=seen: seen.append("head"))
+        model.blocks[1].query.register_forward_hook(lambda *_, seen=seen: seen.append("block"))
+        options = {**recipe, "activation_checkpointing": again, "progress": False}
+        tp_amp.compensate(model, plan, images(16).split(4), **options)
+        found.append([parameter.detach() for parameter in model.parameters()])
+        runs.append({name: seen.count(name) for name in seen})
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    more = {name: runs[1][name] - runs[0][name] for name in ("head", "block")}
+    assert more["block"] == more["head"] + 4  # once more for each batch
 
 
 def test_each_input_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,6 +362,7 @@ def test_parallel_blocks_are_named_and_not_refined(caplog: pytest.LogCaptureFixt
         ({"refine": 2, "every_linear": True, "method": "mean"}, '"affine"'),
         ({"refine": -1, "every_linear": True}, "number of passes"),
         ({"refine": 0.5, "every_linear": True}, "number of passes"),
+        ({"activation_checkpointing": True}, "leave activation_checkpointing out"),
     ],
 )
 def test_bad_passes_leave_the_model_as_it_was(options: dict[str, Any], told: str) -> None:

@@ -25,7 +25,7 @@ from tp_amp.distributed import (
 from tp_amp.estimate import BatchWatch
 from tp_amp.groups import GroupLayer, group_layers, sum_in_channels
 from tp_amp.objectives import Objective
-from tp_amp.recomputing import recomputing
+from tp_amp.recomputing import recomputed
 from tp_amp.recording import Recorder
 
 logger = logging.getLogger(__name__)
@@ -156,11 +156,12 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         objective = self.objective
         device = next(model.parameters(), torch.empty(0)).device
         with observing(model, gradients=True), ExitStack() as stack:
-            unprepared = self._recompute
             saved: Checkpoint | None = None
             done = 0
             all_batches = stream(batches, model, description="scoring", progress=progress)
-            for index, turn in enumerate(in_turns(all_batches)):
+            turns = in_turns(all_batches)
+            turns = recomputed(stack, model, turns) if self._recompute else turns
+            for index, turn in enumerate(turns):
                 if turn.inputs is not None:
                     objective = objective.resolve(model, turn.inputs)
                 if index == 0:
@@ -173,9 +174,6 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
                 if index == done:
                     left = len(batches) - done if isinstance(batches, Sized) else None
                     watch = BatchWatch("scoring", left, device, recorder.size)
-                if unprepared and turn.inputs is not None:
-                    stack.enter_context(recomputing(model, turn.inputs))
-                    unprepared = False
                 with watch.batch():
                     recorder.run(model, turn, objective)
                 if saved is not None:

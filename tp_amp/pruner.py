@@ -377,7 +377,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             "importance": describe(self.importance),
             "objective": describe(self.objective),
             "target": None if self.budget is None else self.budget.target,
-            "compensation": describe(asdict(self.recipe)),
+            "compensation": describe(asdict(replace(self.recipe, activation_checkpointing=False))),
             "layers": [site.down for site in self._sites],
             "calibration": first_digest(first.tensors()),
             **{name: describe(getattr(self, name)) for name in names},

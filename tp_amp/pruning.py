@@ -45,6 +45,8 @@ def prune_model(
     """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
     recompute = {"activation_checkpointing": True} if options.activation_checkpointing else {}
     importance = FACTORIES[options.importance](**recompute)
+    refined = {"every_linear": True, "refine": options.refine, **recompute}
+    refined = refined if options.refine else {}
     layers = [mlp.down for mlp in mlps]
     if options.prune_num_heads:
         layers += [attention.down for attention in tp_amp.find_attentions(model, inputs)]
@@ -57,14 +59,7 @@ def prune_model(
         plan = tp_amp.plan_for_target(
             model, inputs, importance, options.target, round_to=options.round_to
         )
-        tp_amp.compensate(
-            model,
-            plan,
-            scoring,
-            method=options.compensation,
-            every_linear=options.refine > 0,
-            refine=options.refine,
-        )
+        tp_amp.compensate(model, plan, scoring, method=options.compensation, **refined)
     else:
         pruner = tp_amp.AdaptiveMLPPruner(
             model,
@@ -73,9 +68,7 @@ def prune_model(
             judging,
             target=options.target,
             max_increase=1e-2 if options.max_increase is None else options.max_increase,
-            compensation=tp_amp.Recipe(
-                options.compensation, every_linear=options.refine > 0, refine=options.refine
-            ),
+            compensation=tp_amp.Recipe(options.compensation, **refined),
             compensation_data=scoring,
             checkpoint=options.checkpoint,
             prune_num_heads=options.prune_num_heads,

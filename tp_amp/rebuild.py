@@ -29,6 +29,7 @@ def compensate(
     token_weights: TokenWeights = None,
     every_linear: bool = False,
     refine: int = 0,
+    activation_checkpointing: bool = False,
     progress: bool = True,
 ) -> dict[str, Correction]:
     """Cut a dense model to a plan, in place, with what is lost rebuilt from what is kept.
@@ -57,6 +58,9 @@ def compensate(
         refine: passes over the images, 10 say, in which both layers of each cut MLP are improved
             together, by gradients of its own output's error alone, as costly to the dense model's
             predictions. Needs `every_linear=True`. It keeps more where most is cut.
+        activation_checkpointing: run each block again in the backward passes through the whole
+            model, those of `refine` and `token_weights="sensitivity"`: for models too deep for the
+            memory.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -64,7 +68,8 @@ def compensate(
         after on `batches`.
 
     Raises:
-        ValueError: the plan does not fit, or an argument is out of range; the model is as it was.
+        ValueError: the plan does not fit, an argument is out of range, or the model has no blocks
+            one after another for `activation_checkpointing`; the model is as it was.
         TypeError: `batches` can't be iterated.
 
     Example:
@@ -75,7 +80,9 @@ def compensate(
         >>> fitted["blocks.0.mlp.fc2"].error < fitted["blocks.0.mlp.fc2"].error_before
         True
     """
-    recipe = Recipe(method, ridge, add_bias, token_weights, every_linear, refine)
+    recipe = Recipe(
+        method, ridge, add_bias, token_weights, every_linear, refine, activation_checkpointing
+    )
     check_batches(batches)
     batches = list(batches)
     if not batches:

@@ -32,13 +32,17 @@ class Recipe:
             they give in the dense model.
         refine: passes over the images in which, after the solution in closed form, both layers of
             each cut MLP are improved by gradients of its own output; for `every_linear` alone.
+        activation_checkpointing: run each block again in the backward passes through the whole
+            model, those of `refine` and `token_weights="sensitivity"`, as for
+            `EntropyTaylorImportance`.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
             the weight of each token, `(images, tokens)`, 0 for padding; or `"sensitivity"`: each
             layer's tokens weigh what an error at their place costs the predictions (or
             similarities) of the dense model, by its squared gradient. By default all are 1.
 
     Raises:
-        ValueError: `method`, `ridge`, `token_weights` or `refine` is not valid.
+        ValueError: `method`, `ridge`, `token_weights` or `refine` is not valid, or nothing needs
+            `activation_checkpointing`.
 
     Example:
         >>> import torch, tp_amp
@@ -53,6 +57,7 @@ class Recipe:
     token_weights: TokenWeights = None
     every_linear: bool = False
     refine: int = 0
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -70,6 +75,11 @@ class Recipe:
             raise ValueError(
                 f"refine={self.refine} goes on from every Linear solved for; pass "
                 'every_linear=True and the method "affine" too'
+            )
+        if self.activation_checkpointing and not self.refine and weights != "sensitivity":
+            raise ValueError(
+                'only refine and token_weights="sensitivity" run backward passes; leave '
+                "activation_checkpointing out"
             )
 
 
@@ -129,7 +139,13 @@ def place_weights(
     """The weight of each place of an image, by layer, where the dense model gives them."""
     if recipe.token_weights != "sensitivity" or recipe.method == "none":
         return {}
-    found = place_sensitivity(model, layers, batches, Objective())
+    found = place_sensitivity(
+        model,
+        layers,
+        batches,
+        Objective(),
+        activation_checkpointing=recipe.activation_checkpointing,
+    )
     left = [name for name in layers if name not in found]
     if left:
         logger.warning(

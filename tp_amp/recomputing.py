@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tp_amp._state import replaced_forward
 from tp_amp.batches import Inputs, one_image
 from tp_amp.chain import find_blocks
+from tp_amp.distributed import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,19 @@ def recomputing(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     logger.info("activations of %d blocks are computed again in the backward pass", len(blocks))
     with ExitStack() as stack:
         for name in blocks:
-            stack.enter_context(replaced_forward(model.get_submodule(name), _recomputed))
+            stack.enter_context(replaced_forward(model.get_submodule(name), _again))
         yield
 
 
-def _recomputed(own: Any) -> Any:
+def recomputed(stack: ExitStack, model: nn.Module, turns: Iterable[Turn]) -> Iterator[Turn]:
+    """Batches, from the first of which on blocks are run again, until the stack is left."""
+    prepared = False
+    for turn in turns:
+        if not prepared and turn.inputs is not None:
+            stack.enter_context(recomputing(model, turn.inputs))
+            prepared = True
+        yield turn
+
+
+def _again(own: Any) -> Any:
     return partial(checkpoint, own, use_reentrant=False)

@@ -24,7 +24,11 @@ _RATE = 0.1
 
 
 def cost_factors(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Inputs]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Inputs],
+    *,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     """What errors of the MLPs that can be refined cost the dense model's predictions.
 
@@ -32,6 +36,7 @@ def cost_factors(
         model: the dense model.
         layers: that are fitted.
         batches: unlabelled images, prepared.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Returns:
         `down` -> L, `(outputs, outputs)`: an error e of the outputs that stay costs |e L|^2, by the
@@ -46,7 +51,15 @@ def cost_factors(
     if not mlps:
         return {}
     raw = [batch.raw() for batch in batches]
-    found = output_sensitivity(model, mlps, raw, Objective(), skip_unused=True, progress=False)
+    found = output_sensitivity(
+        model,
+        mlps,
+        raw,
+        Objective(),
+        skip_unused=True,
+        activation_checkpointing=activation_checkpointing,
+        progress=False,
+    )
     factors = {}
     for name, layer in mlps.items():
         weight: Any = model.get_submodule(name).weight

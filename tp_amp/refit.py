@@ -70,7 +70,10 @@ def fit(
                 chain = find_chain(model, few, [site.name for site in sites])
             layers = layers_to_fit(graph, few, sites, keep, recipe)
         places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
-        factors = cost_factors(model, layers, inputs) if recipe.refine else {}
+        factors: dict[str, Tensor] = {}
+        if recipe.refine:
+            again = recipe.activation_checkpointing
+            factors = cost_factors(model, layers, inputs, activation_checkpointing=again)
         with observing(model, gradients=False):
             walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, factors)
             for step in bar(chain, description="compensation", progress=progress):

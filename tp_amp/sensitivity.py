@@ -13,7 +13,7 @@ from tp_amp._state import hooks, observing
 from tp_amp.batches import Inputs, stream
 from tp_amp.distributed import Turn, add_up_named, agree, in_turns, of_each, together
 from tp_amp.objectives import Objective, resolve_on
-from tp_amp.recomputing import recomputing
+from tp_amp.recomputing import recomputed
 
 # What the objective does not see of a layer still steers what comes after it: such a share of the
 # mean is added to what errors cost.
@@ -56,13 +56,10 @@ def output_sensitivity(
     resolved = resolve_on(objective, model, batches)
     totals: dict[str, Tensor] = {}
     images = 0
-    unprepared = activation_checkpointing
     with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
         own = stream(batches, model, description="sensitivity", progress=progress)
-        for turn in in_turns(own):
-            if unprepared and turn.inputs is not None:
-                stack.enter_context(recomputing(model, turn.inputs))
-                unprepared = False
+        turns = in_turns(own)
+        for turn in recomputed(stack, model, turns) if activation_checkpointing else turns:
             gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
                 rows = _rows(model.get_submodule(name), gradient)
@@ -76,7 +73,12 @@ def output_sensitivity(
 
 
 def place_sensitivity(
-    model: nn.Module, layers: Collection[str], batches: Sequence[Inputs], objective: Objective
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Inputs],
+    objective: Objective,
+    *,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     """How much errors of layers cost at each place of an image, relative to all its places.
 
@@ -89,19 +91,22 @@ def place_sensitivity(
         layers: module paths of Linears or convolutions.
         batches: unlabelled images, prepared.
         objective: what the model is for.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Returns:
         Module path -> `(places,)`. Layers on which the objective does not depend are left out, and
         those whose outputs have no images first, or not the same places on all batches.
 
     Raises:
-        ValueError: a gradient is not finite.
+        ValueError: a gradient is not finite, or the model has no blocks one after another for
+            `activation_checkpointing`.
     """
     totals: dict[str, Tensor] = {}
     uneven: set[str] = set()
-    with observing(model, gradients=True):
+    with observing(model, gradients=True), ExitStack() as stack:
         resolved = objective.resolve(model, batches[0])
-        for turn in in_turns(iter(batches)):
+        turns = in_turns(iter(batches))
+        for turn in recomputed(stack, model, turns) if activation_checkpointing else turns:
             gradients = _gradients(model, layers, turn, resolved, skip_unused=True)
             for name, gradient in gradients.items():
                 images = turn.inputs.images if turn.inputs else 1
