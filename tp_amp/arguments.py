@@ -163,8 +163,8 @@ then, in Python: model = tp_amp.create_model("small")
     parser.add_argument(
         "--activation-checkpointing",
         action="store_true",
-        help="keep the activations of one block at a time while scoring, for models too deep for "
-        "the memory; takes about half longer (entropy and reconstruction)",
+        help="keep the activations of one block at a time while scoring and refining, for models "
+        "too deep for the memory; takes about half longer (entropy and reconstruction)",
     )
     parser.add_argument(
         "--checkpoint",
