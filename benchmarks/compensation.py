@@ -45,6 +45,8 @@ FULLEST = "Reconstruction, own widths + affine, every Linear"
 WEIGHED = f"{FULLEST}, sensitivity"  # of the tokens
 REFINED = f"{FULLEST}, refined"
 REFINED_WEIGHED = f"{WEIGHED}, refined"
+UNIFORM = "Reconstruction + affine, every Linear"
+UNIFORM_REFINED = f"{UNIFORM}, refined"
 PASSES = 10
 Orders = dict[str, list[int]]
 
@@ -97,18 +99,20 @@ class Comparison:
             ("CORP: magnitude + affine at once", lambda: self.order("DIMAP"), "affine"),
         ):
             found[name] = lambda o=order, m=method: self.one_shot(o(), widths, m)
-        for name, weights, passes in (
-            (FULLEST, None, 0),
-            (WEIGHED, "sensitivity", 0),
-            (REFINED, None, PASSES),
-            (REFINED_WEIGHED, "sensitivity", PASSES),
+        for name, chosen, weights, passes in (
+            (FULLEST, own, None, 0),
+            (WEIGHED, own, "sensitivity", 0),
+            (REFINED, own, None, PASSES),
+            (REFINED_WEIGHED, own, "sensitivity", PASSES),
+            (UNIFORM, widths, None, 0),
+            (UNIFORM_REFINED, widths, None, PASSES),
         ):
-            found[name] = lambda w=weights, p=passes: self.compensated(
+            found[name] = lambda w=chosen, t=weights, p=passes: self.compensated(
                 self.orders["Reconstruction"],
-                own,
+                w,
                 "affine",
                 every_linear=True,
-                token_weights=w,
+                token_weights=t,
                 refine=p,
             )
         unknown = set(recipes) - set(found)

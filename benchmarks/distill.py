@@ -3,10 +3,11 @@
     python benchmarks/distill.py --model vit --data path/to/cifar10
 
 Every MLP of the reference model is cut to half: by AMP's label-free criterion, by it with
-compensation, and by Torch-Pruning's magnitude; beside them tp_amp's own widths with as many
-parameters, every Linear compensated. Each is then distilled from the dense model alike,
-on cropped and flipped training images without labels. Writes results/distill.json, which keeps
-what it holds of the other model. `--data` is as for train_reference.py.
+compensation, by Torch-Pruning's magnitude, and by what can be rebuilt, every Linear compensated
+and refined; beside them tp_amp's own widths with as many parameters, every Linear compensated. Each
+is then distilled from the dense model alike, on cropped and flipped training images without labels.
+Writes results/distill.json, which keeps what it holds of the other model. `--data` is as for
+train_reference.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from train_reference import augment
 import tp_amp
 
 OWN = "plan_for_target + affine, every Linear"
-ROWS = ("EntropyTaylor", "Magnitude L2", "EntropyTaylor + affine", OWN)
+REFINED = "Reconstruction + affine, every Linear, refined"
+ROWS = ("EntropyTaylor", "Magnitude L2", "EntropyTaylor + affine", OWN, REFINED)
 
 
 class Augmented:
@@ -63,6 +65,8 @@ def pruned(row: str, dense: nn.Module, batches: Batches, kept: float) -> nn.Modu
     model, example = copy.deepcopy(dense), batches[0][0][:1]
     if row == "Magnitude L2":
         importance: Any = tp.importance.MagnitudeImportance(p=2)
+    elif row == REFINED:
+        importance = tp_amp.ReconstructionImportance("prediction", data=batches)
     else:
         importance = collect_entropy("prediction", model, batches)
     plan = tp_amp.plan_from_importance(model, example, importance, kept)
@@ -73,6 +77,8 @@ def pruned(row: str, dense: nn.Module, batches: Batches, kept: float) -> nn.Modu
         target = {"params": sum(p.numel() for p in at_same_size.parameters())}
         plan = tp_amp.plan_for_target(model, example, importance, target)
         tp_amp.compensate(model, plan, batches, every_linear=True, progress=False)
+    elif row == REFINED:
+        tp_amp.compensate(model, plan, batches, every_linear=True, refine=10, progress=False)
     elif row.endswith("affine"):
         tp_amp.compensate(model, plan, batches, progress=False)
     else:
@@ -106,13 +112,13 @@ def report(record: dict[str, Any]) -> str:
         dense = found["dense"]
         rows = []
         for row, run in found["rows"].items():
-            lost = dense - found["rows"]["EntropyTaylor"]["before"]
+            lost = dense - found["rows"].get(ROWS[0], {"before": dense})["before"]
             recovered = 1 - (dense - run["after"]) / lost if lost else float("nan")
             accuracies = [f"{100 * run[key]:.1f}" for key in ("before", "after")]
             rows.append([row, *accuracies, f"{100 * recovered:.0f}"])
         header = [f"{name}, dense {100 * dense:.1f}", "cut", "distilled", "recovered (%)"]
         parts.append(table(header, rows))
-    return "\n\n".join(parts) + "\n(recovered: of what the first row loses without compensation)"
+    return "\n\n".join(parts) + "\n(recovered: of what EntropyTaylor loses without compensation)"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
