@@ -151,6 +151,16 @@ def test_changed_arguments_are_refused_by_name(
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+def test_activation_checkpointing_may_be_switched_on_later(tmp_path: Path) -> None:
+    plans = []
+    for again in (False, True):
+        recipe = tp_amp.Recipe(every_linear=True, refine=1, activation_checkpointing=again)
+        pruner = pruner_of(toy(depth=4), checkpoint=tmp_path, compensation=recipe)
+        pruner.step()
+        plans.append(pruner.plan)
+    assert plans[0] == plans[1]
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     pruner_of(toy(), checkpoint=tmp_path).step()
     with pytest.raises(ValueError, match="model was"):

@@ -159,8 +159,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             saved: Checkpoint | None = None
             done = 0
             all_batches = stream(batches, model, description="scoring", progress=progress)
-            turns = in_turns(all_batches)
-            turns = recomputed(stack, model, turns) if self._recompute else turns
+            turns = recomputed(in_turns(all_batches), model, stack, wanted=self._recompute)
             for index, turn in enumerate(turns):
                 if turn.inputs is not None:
                     objective = objective.resolve(model, turn.inputs)

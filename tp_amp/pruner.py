@@ -377,6 +377,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             "importance": describe(self.importance),
             "objective": describe(self.objective),
             "target": None if self.budget is None else self.budget.target,
+            # A run goes on with and without activation checkpointing, which changes no number.
             "compensation": describe(asdict(replace(self.recipe, activation_checkpointing=False))),
             "layers": [site.down for site in self._sites],
             "calibration": first_digest(first.tensors()),

@@ -25,7 +25,12 @@ def check_numbers(
     max_pruning_ratio: float,
     error_probability: float | None,
 ) -> None:
-    """Raise ValueError for a number out of range, ImportError for what a test of images needs."""
+    """Raise ValueError for a number out of range.
+
+    Raises:
+        ValueError: as said, or several processes with an error probability.
+        ImportError: an error probability without scipy.
+    """
     if not (math.isfinite(max_increase) and max_increase >= 0):
         raise ValueError(
             f"max_increase must be a finite number of nats, zero or more, found {max_increase}"

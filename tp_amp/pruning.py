@@ -45,8 +45,9 @@ def prune_model(
     """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
     recompute = {"activation_checkpointing": True} if options.activation_checkpointing else {}
     importance = FACTORIES[options.importance](**recompute)
-    refined = {"every_linear": True, "refine": options.refine, **recompute}
-    refined = refined if options.refine else {}
+    refined: dict[str, Any] = {}
+    if options.refine:
+        refined = {"every_linear": True, "refine": options.refine, **recompute}
     layers = [mlp.down for mlp in mlps]
     if options.prune_num_heads:
         layers += [attention.down for attention in tp_amp.find_attentions(model, inputs)]

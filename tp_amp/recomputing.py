@@ -45,13 +45,14 @@ def recomputing(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         yield
 
 
-def recomputed(stack: ExitStack, model: nn.Module, turns: Iterable[Turn]) -> Iterator[Turn]:
-    """Batches, from the first of which on blocks are run again, until the stack is left."""
-    prepared = False
+def recomputed(
+    turns: Iterable[Turn], model: nn.Module, stack: ExitStack, *, wanted: bool
+) -> Iterator[Turn]:
+    """Batches; if wanted, blocks are run again from the first one on, until the stack is left."""
     for turn in turns:
-        if not prepared and turn.inputs is not None:
+        if wanted and turn.inputs is not None:
             stack.enter_context(recomputing(model, turn.inputs))
-            prepared = True
+            wanted = False
         yield turn
 
 

@@ -48,7 +48,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def estimate_mean(values: Tensor, known: Tensor) -> EstimatedMean:
-    """EstimatedMean the mean of a finite population of which some values are drawn, none twice.
+    """Estimate the mean of a finite population of which some values are drawn, none twice.
 
     The linear regression estimator with the finite-population correction (Cochran, Sampling
     Techniques, 1977, 2.8 and 7.1 to 7.3).

@@ -58,8 +58,7 @@ def output_sensitivity(
     images = 0
     with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
         own = stream(batches, model, description="sensitivity", progress=progress)
-        turns = in_turns(own)
-        for turn in recomputed(stack, model, turns) if activation_checkpointing else turns:
+        for turn in recomputed(in_turns(own), model, stack, wanted=activation_checkpointing):
             gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
                 rows = _rows(model.get_submodule(name), gradient)
@@ -105,8 +104,8 @@ def place_sensitivity(
     uneven: set[str] = set()
     with observing(model, gradients=True), ExitStack() as stack:
         resolved = objective.resolve(model, batches[0])
-        turns = in_turns(iter(batches))
-        for turn in recomputed(stack, model, turns) if activation_checkpointing else turns:
+        own = in_turns(iter(batches))
+        for turn in recomputed(own, model, stack, wanted=activation_checkpointing):
             gradients = _gradients(model, layers, turn, resolved, skip_unused=True)
             for name, gradient in gradients.items():
                 images = turn.inputs.images if turn.inputs else 1
