@@ -116,6 +116,7 @@ def test_compensation_is_the_same(recipe: dict[str, Any]) -> None:
         runs.append({name: seen.count(name) for name in seen})
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     more = {name: runs[1][name] - runs[0][name] for name in ("head", "block")}
+    assert more["head"] == 2  # the blocks are found once, by two passes
     assert more["block"] == more["head"] + 4  # once more for each batch
 
 
