@@ -93,6 +93,6 @@ def test_error_is_that_of_many_draws(drawn: int, variables: int) -> None:
 
 
 def test_looks_grow_geometrically_and_never_come_after_the_last_batch() -> None:
-    assert looks([3] * 70) == [8, 16, 32, 64]
+    assert looks([3] * 70) == [8, 12, 18, 27, 41, 62]
     assert looks([64, 64]) == [1]
     assert looks([16, 8]) == []

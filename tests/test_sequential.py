@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from toys import images, toy
+from toys import images, masked, toy
 
 import tp_amp
 
@@ -78,17 +79,11 @@ def test_plan_within_one_step_with_fewer_images(seed: int) -> None:
     assert fewer - found.forwards.used == every - found.forwards.plain
 
 
-def entropy(model: nn.Module, kept: dict[str, Tensor]) -> float:
-    """On all images, of the dense model with all other neurons masked."""
-    masked = copy.deepcopy(model).eval()
-    for name, neurons in kept.items():
-        weight = masked.get_submodule(name).weight.data
-        columns = torch.zeros(weight.shape[1])
-        columns[neurons] = 1
-        weight *= columns
+def entropies(model: nn.Module, kept: dict[str, list[int]], count: int = 4 * BATCHES) -> Tensor:
+    """Of each image, of the dense model with all other neurons masked."""
     with torch.no_grad():
-        logs = masked(images(4 * BATCHES, seed=4)).log_softmax(-1)
-    return float(-(logs.exp() * logs).sum(-1).mean())
+        logs = masked(model, kept).eval()(images(count, seed=4)).log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -96,14 +91,36 @@ def test_what_is_kept_is_within_tolerance_on_all_images(seed: int) -> None:
     model = toy(seed, hidden=64, depth=3)
     plan = searched(model, 0.05, max_increase=0.02)[0].plan
     scores = tp_amp.EntropyTaylorImportance().collect(model, images(8, seed=3).split(4)).scores
-    reference, kept = entropy(model, {}), {}
+    reference, kept = float(entropies(model, {}).mean()), {}
     for name in sorted(plan.keep, reverse=True):
         best, width = scores[name].argsort(descending=True), len(plan.keep[name])
         assert sorted(best[:width].tolist()) == plan.keep[name]
-        kept[name] = best[:width]
-        found = entropy(model, kept)
+        kept[name] = best[:width].tolist()
+        found = float(entropies(model, kept).mean())
         assert found - reference <= (0.02 + 1e-6 if width < 64 else 1e-6)
         reference = found
+
+
+def test_each_state_was_measured_as_what_it_names(tmp_path: Any) -> None:
+    """Also the last accepted one, which goes on while the next layer is searched."""
+    model = toy(hidden=64, depth=3)
+    plan = searched(
+        model, 0.05, max_increase=0.02, batches=images(512, seed=4).split(4), checkpoint=tmp_path
+    )[0].plan
+    scores = tp_amp.EntropyTaylorImportance().collect(model, images(8, seed=3).split(4)).scores
+    names = sorted(plan.keep, reverse=True)
+    tensors = load_file(next(tmp_path.glob("*.safetensors")))
+    states = {n.split()[-1]: t for n, t in tensors.items() if n.startswith("sequential values ")}
+    assert len(states) > 10
+    for state, values in states.items():
+        widths = [] if state == "values" else map(int, state.split(","))
+        kept = {
+            name: scores[name].argsort(descending=True)[:width].tolist()
+            for name, width in zip(names, widths, strict=False)
+        }
+        torch.testing.assert_close(
+            values, entropies(model, kept, 512)[: len(values)], rtol=1e-4, atol=1e-6
+        )
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.objectives import Objective
-from tp_amp.sampling import looks
+from tp_amp.sampling import looks, t_quantile
 from tp_amp.search import accepted, search_width
 from tp_amp.sequential import SequentialTest
 from tp_amp.verdicts import Verdicts
@@ -48,7 +48,7 @@ def skewed(generator: torch.Generator, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("error", [0.05, 0.2])
-@pytest.mark.parametrize("way", ["alone", "near one is known"])
+@pytest.mark.parametrize("way", ["alone", "near one is known", "reference of few images"])
 def test_error_rate_is_at_most_the_bound(error: float, way: str) -> None:
     """The rise is farther from the tolerance than what a step changes, 1 / 32."""
     wrong, stopped, count = 0, 0, 400
@@ -56,19 +56,24 @@ def test_error_rate_is_at_most_the_bound(error: float, way: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         off = (-0.1, -0.05, 0.05, 0.1)[seed % 4]
         base = torch.randn(512, generator=generator, dtype=torch.float64)
-        noise, part = skewed(generator, 512), 0.3 * skewed(generator, 512)
+        noise, part = 0.5 * skewed(generator, 512), 0.15 * skewed(generator, 512)
         states = {"": base, "new": base + noise + LIMIT + off}
         states["near"] = states["new"] + part - off
+        states["old"] = base + 0.5 * skewed(generator, 512)
         test = Measured(states.__getitem__, 512, error)
-        verdicts = Verdicts(test)
-        verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
+        verdicts, entropy = Verdicts(test), 0.0
+        verdicts.begin("", entropy, LIMIT, WIDTH, STEP)
         if way == "near one is known":
             test.error_probability = 1e-300
             judged(verdicts, "near", 33)
             test.error_probability = error
             verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
-        wrong += (judged(verdicts, "new", 32) <= LIMIT) != (off <= 0)
-        stopped += not test.complete("new")
+        elif way == "reference of few images":
+            states["new"] += states["old"] - base
+            entropy = judged(verdicts, "old", 32)
+            verdicts.begin("old", entropy, LIMIT, WIDTH, STEP)
+        wrong += (judged(verdicts, "new", 32) - entropy <= LIMIT) != (off <= 0)
+        stopped += test.forwards.used < test.forwards.plain
     # Three standard errors of the rate above the bound would be more than chance.
     assert wrong / count <= error + 3 * math.sqrt(error * (1 - error) / count)
     assert stopped > 0.2 * count
@@ -139,32 +144,83 @@ def test_near_the_tolerance_is_judged_by_how_steep_the_entropy_is(
     assert 16 * test.measured("new") == images
 
 
-def test_a_wrong_verdict_comes_out_when_it_is_settled() -> None:
-    """The first images lose little, the others much."""
-    base = torch.zeros(512, dtype=torch.float64)
-    rise = torch.full((512,), 3.0, dtype=torch.float64)
-    rise[:64] = 0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
-    test = Measured({"": base, "new": rise}.__getitem__, 512, 0.05)
+def random(seed: int, count: int = 1024) -> Tensor:
+    """Of mean 0."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed)).double()
+    return values - values.mean()
+
+
+def after_few_images(states: dict[str, Tensor], error: float = 0.05) -> tuple[Measured, Verdicts]:
+    """The first accepted state, `"old"`, is the reference; 32 of 1,024 images told."""
+    test = Measured({"": torch.zeros(1024).double(), **states}.__getitem__, 1024, error)
     verdicts = Verdicts(test)
     verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
-    assert judged(verdicts, "new", 32) <= LIMIT
-    assert not verdicts.is_exact("new")
-    verdicts.settle("new")
-    assert judged(verdicts, "new", 32) == pytest.approx(float(rise.mean()))
-    assert verdicts.is_exact("new")
+    entropy = judged(verdicts, "old", 40)
+    assert 16 * test.measured("old") == 32
+    verdicts.begin("old", entropy, LIMIT, 40, STEP)
+    return test, verdicts
 
 
-def test_verdicts_rest_on_the_same_images_whatever_was_measured() -> None:
-    """A search that goes on after a kill has measured more than it did at that point."""
-    generator = torch.Generator().manual_seed(2)
-    base = torch.randn(512, generator=generator, dtype=torch.float64)
-    states = {"": base, "new": base + LIMIT + 0.1 + skewed(generator, 512)}
-    found = []
-    for known in (False, True):
-        test = Measured(states.__getitem__, 512, 0.05)
-        if known:
-            test.measure("new")
-        verdicts = Verdicts(test)
-        verdicts.begin("", 0.0, LIMIT, WIDTH, STEP)
-        found.append(judged(verdicts, "new", 32))
-    assert found[0] == found[1]
+@pytest.mark.parametrize("off", [-1e-6, 1e-6])
+def test_what_no_sample_tells_is_exact_on_all_images(off: float) -> None:
+    """What is accepted right at the tolerance leaves nothing to judge either way."""
+    old = 0.1 * random(0)
+    right = old + LIMIT
+    new = right + random(1) + off
+    test, verdicts = after_few_images({"old": old, "right": right, "new": new})
+    judged(verdicts, "right", 39)
+    rise = judged(verdicts, "new", 38) - verdicts.entropy
+    assert test.complete("new")
+    assert test.complete("old")
+    assert rise == pytest.approx(LIMIT + off, abs=1e-9)
+    assert (rise <= LIMIT) == (off < 0)
+
+
+def test_one_probe_on_all_images_tells_those_near_it() -> None:
+    """Then neither the reference nor a near probe needs all of them."""
+    old, shared = 0.1 * random(0), random(1)
+    first = old + LIMIT + 0.05 + shared
+    second = old + LIMIT - 0.05 + shared + 0.05 * random(2)
+    test, verdicts = after_few_images({"old": old, "first": first, "second": second})
+    assert judged(verdicts, "first", 20) - verdicts.entropy > LIMIT
+    assert test.complete("first")
+    assert judged(verdicts, "second", 30) - verdicts.entropy <= LIMIT
+    assert test.measured("second") < 16
+    assert test.measured("old") < 32
+
+
+def test_looks_share_the_error_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before and after a near probe is known, and with more images of the reference."""
+    asked: list[float] = []
+
+    def quantile(probability: float, freedom: int) -> float:
+        asked.append(probability)
+        return t_quantile(probability, freedom)
+
+    old, shared = 0.1 * random(0), random(1)
+    states = {"old": old, "first": old + LIMIT + 0.01 + shared}
+    states["second"] = states["first"] - 0.02 + 0.1 * random(2)
+    test, verdicts = after_few_images(states)
+    monkeypatch.setattr("tp_amp.verdicts.t_quantile", quantile)
+    verdicts.begin("old", verdicts.entropy, LIMIT, 40, 1e-6)
+    for name, width in {"first": 20, "second": 30}.items():
+        asked.clear()
+        judged(verdicts, name, width)
+        assert len(set(asked)) > 4
+        assert sum(set(asked)) <= 0.05 + 1e-12
+    assert test.complete("first")
+    assert 16 < test.measured("second") <= test.measured("old") < 64
+
+
+def test_what_a_step_changes_is_not_overrated() -> None:
+    """The last accepted width may have risen by more than a few images told of it.
+
+    At the tolerance itself, where only the steepness tells; 0.9 below it would be told by 48.
+    """
+    old, right = 0.01 * random(0), 0.1 + 1.6 * random(3)
+    states = {"old": old, "right": old + right, "new": old + LIMIT + 0.4 * random(4)}
+    test, verdicts = after_few_images(states)
+    judged(verdicts, "right", 39)
+    assert test.measured("right") < 32
+    judged(verdicts, "new", 38)
+    assert 16 * test.measured("new") > 96

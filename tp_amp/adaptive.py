@@ -72,9 +72,7 @@ class WidthSearch:
         steps: widths tried for each site at most.
         most_probes: how many widths of a site are tried at most, for the estimate.
         compensator: corrects a cut layer before it is judged.
-        test: measures on as few images as verdicts need, in place of `entropy`. What it accepts
-            last for a site is run on all images: the next site is compared with that, and a wrong
-            verdict comes out.
+        test: measures on as few images as verdicts need, in place of `entropy`.
         prefix: what comes before a site, kept from probe to probe.
         checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
         progress: show a progress bar on a terminal.
@@ -139,7 +137,7 @@ class WidthSearch:
         self.prefix.reset()
         self._verdicts = None if self._test is None else Verdicts(self._test)
         self._watch = Stopwatch()
-        self._made = dict.fromkeys(self.sites, 0)
+        self._made = dict.fromkeys(self.sites, 0.0)  # probes, or parts of them
         foreseen = self._estimate([self.most_probes(site) for site in self.sites])
         if foreseen is not None:
             tell("the search", foreseen)
@@ -182,27 +180,18 @@ class WidthSearch:
             advance()
             return self._probe(widths, width)
 
-        while True:
-            tried = search_width(
-                entropy,
-                site.width,
-                reference=reference.entropy,
-                max_increase=max_increase,
-                steps=self.steps,
-                minimum=self.minimum(site),
-                round_to=self.round_to(site),
-                first=self.foreseen(site, max_increase),
-            )
-            best = accepted(tried)
-            if self._verdicts is None or best is None:
-                return tried
-            state = widths.state(best.width)
-            if self._verdicts.is_exact(state):
-                return tried
-            # On all images, after which a wrong verdict is another one.
-            self._verdicts.settle(state)
+        return search_width(
+            entropy,
+            site.width,
+            reference=reference.entropy,
+            max_increase=max_increase,
+            steps=self.steps,
+            minimum=self.minimum(site),
+            round_to=self.round_to(site),
+            first=self.foreseen(site, max_increase),
+        )
 
-    def _estimate(self, probes: Sequence[int]) -> Estimate | None:
+    def _estimate(self, probes: Sequence[float]) -> Estimate | None:
         """What the forward passes of some probes of each site take; None if none was timed."""
         if self._profile is None:
             return None
@@ -234,23 +223,28 @@ class WidthSearch:
             if state not in self._known:
                 with self._as_cut(widths, width), self._watch:
                     self.prefix.run(widths.site, lambda: self._measured(state))
+                self._made[widths.site] += 1
             return self._known[state]
         while (value := verdicts.judge(state, width)) is None:
-            start = self._test.measured(state)
-            with self._as_cut(widths, width), self._watch:
+            wanted = verdicts.wanted(state)
+            start = self._test.measured(wanted)
+            cut = width if wanted == state else widths.site.width
+            with self._as_cut(widths, cut), self._watch:
                 self.prefix.run(widths.site, lambda: verdicts.measure(state, width), start)
+            batches = self._test.measured(wanted) - start
+            self._made[widths.site] += batches / len(self._test.sizes())
             self._write()
         return value
 
     @contextmanager
     def _as_cut(self, widths: Widths, width: int) -> Iterator[None]:
-        """The model as cut so far, and one more site cut."""
+        """The model as cut so far, and one more site cut, unless all its width is left."""
         self._settle()
-        self._made[widths.site] += 1
         with self._watch:
             self.prefix.prepare(widths.site)
         with ExitStack() as stack:
-            self._cut(stack, widths.site, widths.kept(width))
+            if width < widths.site.width:
+                self._cut(stack, widths.site, widths.kept(width))
             yield
 
     def _settle(self) -> None:

@@ -160,7 +160,7 @@ def _wait(device: torch.device) -> None:
 
 
 def estimate_search(
-    profile: Profile, places: Sequence[int | None], probes: Sequence[int], limit: int
+    profile: Profile, places: Sequence[int | None], probes: Sequence[float], limit: int
 ) -> Estimate:
     """What the forward passes of a search take where each starts at the block at hand.
 
@@ -170,7 +170,7 @@ def estimate_search(
         profile: of one pass over all batches.
         places: of the layers to search, in its order, the step that each lies in; None where the
             whole model is run.
-        probes: how many widths are tried for each of them.
+        probes: how many widths are tried for each of them; parts where not all batches are run.
         limit: bytes that may be kept of what the steps give.
     """
     seconds, kept, most = 0.0, set[int](), 0

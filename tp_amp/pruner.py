@@ -101,11 +101,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             every probe.
         error_probability: stop a probe as soon as it is accepted or rejected with at most this
             probability of another verdict than on all calibration images, 0.05 say, unless that
-            moves its layer's width by one step of the bisection only; see `Verdicts`. The width
-            found for a layer is tried on all images, so that it is within the tolerance as
-            without. The batches must be drawn at random, the same ones each time, and small
-            (verdicts come after a batch), and many images save a larger share. Needs
-            `tp-amp[sequential]`. None runs all images.
+            moves its layer's width by one step of the bisection only; see `Verdicts`. Entropies
+            in the plan are then estimates. The batches must be drawn at random, the same ones
+            each time, and small (verdicts come after a batch), and many images save a larger
+            share. Needs `tp-amp[sequential]`. None runs all images.
         checkpoint: a folder where the search writes rankings and the entropy of every probe, and
             the scoring its sums after every batch. Killed at any moment and started again with
             the same arguments, `step` goes on from there and finds the same plan, at the cost of

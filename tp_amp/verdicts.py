@@ -9,7 +9,8 @@ import torch
 from tp_amp.sampling import EstimatedMean, estimate_mean, looks, t_quantile
 from tp_amp.sequential import SequentialTest
 
-KNOWN = 3  # complete states that others are regressed on: more tell little new
+KNOWN = 5  # complete states that others are regressed on: more tell little new
+HELD = 1 / 4  # of the images: where a probe is not told by them, one of the layer runs on all
 
 
 class Verdicts:
@@ -17,14 +18,15 @@ class Verdicts:
 
     The entropies of a model, image by image, are a sample without replacement of all of them. At
     each look a width is accepted or rejected if a confidence bound of the rise over the last
-    accepted model allows; after all images it is exact. Each look has a part of the probe's error
-    probability, by the images that it adds, so that they add up to it (Bonferroni). The bounds are
-    those of a mean that is near normal but for its skewness: bounds without that assumption would
-    need nearly all images.
+    accepted model, the reference, allows; compared are the images that both have run on. After
+    all images of both it is exact. Each look has a part of the probe's error probability, by the
+    images that it adds, so that they add up to it (Bonferroni). The bounds are those of a mean
+    that is near normal but for its skewness: bounds without that assumption would need nearly all
+    images.
 
-    Near widths give near entropies: once a probe has run on all images, the others are estimated
-    by regression on it. What is accepted last for a layer is settled on all images: the next layer
-    is compared with that, and a wrong verdict comes out.
+    Near widths give near entropies. So the first probe of a layer that a quarter of the images do
+    not tell is run on all: it and what is tried after it are then estimated by regression on it.
+    Beyond the images that the reference has run on, both go on together.
 
     A width may be judged either way where that moves the plan by one step of the bisection: where
     it lies nearer to the tolerance than what the line to the last accepted width falls in a step.
@@ -43,7 +45,9 @@ class Verdicts:
         self._counts = [0, *accumulate(sizes)]
         self._used = {"": len(sizes)}
         self._complete = [""]
-        self._settled: set[str] = set()
+        # Of the error probability, by state: what went to its looks so far, and to the last one.
+        self._spent: dict[str, float] = {}
+        self._share: dict[str, float] = {}
         self._found: dict[str, float] = {}
 
     def begin(
@@ -52,7 +56,7 @@ class Verdicts:
         """Go on to the next layer.
 
         Args:
-            reference: the last accepted state, settled.
+            reference: the last accepted state.
             entropy: of the reference (nats), as told before.
             max_increase: allowed increase of the entropy (nats).
             width: of the layer as it is.
@@ -60,74 +64,90 @@ class Verdicts:
         """
         self.reference, self.entropy, self.max_increase = reference, entropy, max_increase
         self.step = step
-        self._right, self._rise = width, 0.0  # the last accepted width, and how much it rose by
+        self._anchored = False  # whether a probe of this layer has run on all images
+        self._right, self._rise = width, 0.0  # the last accepted width, and what it rose at most
 
     def judge(self, state: str, width: int) -> float | None:
         """The entropy (nats) of a state as soon as it is certain enough on which side it lies.
 
-        None if more batches are needed.
+        None if more batches are needed, of the state that is `wanted`.
         """
-        if state in self._found:
-            return self._found[state]
-        while (found := self._verdict(state, width)) is None:
+        while state not in self._found and not self._judged(state, width):
             if not self._extend(state):
                 return None
-        self._found[state], rise = found, found - self.entropy
-        if rise <= self.max_increase:
-            self._right, self._rise = width, rise
-        return found
+        return self._found[state]
+
+    def wanted(self, state: str) -> str:
+        """What to run next to judge a state: it, or the reference."""
+        used, held = self._used.get(state, 0), self._used[self.reference]
+        anchor = self._enough(held) and not self._anchored
+        return state if used < held or (anchor and used < self._ends[-1]) else self.reference
 
     def measure(self, state: str, width: int) -> None:
-        """Run the model, which `state` names, until it is judged."""
-        self.test.measure(state, lambda: self.judge(state, width) is not None)
+        """Run the model, which is what is `wanted`, until another is or the state is judged."""
+        name = self.wanted(state)
+        self.test.measure(
+            name, lambda: self.judge(state, width) is not None or self.wanted(state) != name
+        )
 
-    def settle(self, state: str) -> None:
-        """From now on a state is judged by all images alone."""
-        self._settled.add(state)
-        self._found.pop(state, None)
-
-    def is_exact(self, state: str) -> bool:
-        """Whether a state has been judged by all images."""
-        return self._used.get(state) == self._ends[-1]
-
-    def _verdict(self, state: str, width: int) -> float | None:
-        limit = self.max_increase
-        if self.is_exact(state):
-            return self.test.mean(state)
-        if state not in self._used or state in self._settled:
-            return None
-        rise = self._risen(state)
-        needed = t_quantile(self._share(state), rise.freedom)
+    def _judged(self, state: str, width: int) -> bool:
+        """Judge a state on the images so far, if they are enough."""
+        if state not in self._used:
+            return False
+        complete = self._used[state] == self._used[self.reference] == self._ends[-1]
+        rise = self._exact(state) if complete else self._estimated(state)
+        needed = t_quantile(self._share[state], rise.freedom)
         # Judged either way so near to the tolerance.
         steps = max(1.0, (self._right - width) / self.step)
-        near = max(0.0, limit - self._rise) / steps
-        if rise.mean > limit:
-            sure = rise.distance(limit - near) > needed
+        near = max(0.0, self.max_increase - self._rise) / steps
+        if rise.mean > self.max_increase:
+            sure = rise.distance(self.max_increase - near) > needed
         else:
-            sure = rise.distance(limit + near) < -needed
-        return self.entropy + rise.mean if sure else None
-
-    def _share(self, state: str) -> float:
-        """The error probability of the look that a state is at."""
-        end = self._ends.index(self._used[state])
-        before = self._counts[self._ends[end - 1]] if end else 0
-        added = self._counts[self._ends[end]] - before
-        return self.test.error_probability * added / self._counts[self._ends[-2]]
-
-    def _extend(self, state: str) -> bool:
-        """Let verdicts rest on more images of a state, if it has run on them."""
-        used = self._used.get(state, 0)
-        following = next(end for end in self._ends if end > used)
-        if self.test.measured(state) < following:
+            sure = rise.distance(self.max_increase + near) < -needed
+        if not (complete or sure):
             return False
-        self._used[state] = following
-        if self.is_exact(state):
-            self._complete.append(state)
+        self._found[state] = self.entropy + rise.mean
+        if rise.mean <= self.max_increase:
+            self._right = width
+            self._rise = rise.mean + (needed * rise.error if rise.error else 0.0)
         return True
 
-    def _risen(self, state: str) -> EstimatedMean:
-        """The rise over the reference, by regression on it and others that ran on all images."""
-        names = [*self._complete[-KNOWN:], self.reference]
-        known = torch.stack([self.test.values(name, self._ends[-1]) for name in names], 1)
-        values = self.test.values(state, self._used[state])
-        return estimate_mean(values - known[: len(values), -1], known)
+    def _extend(self, state: str) -> bool:
+        """Let the verdict rest on more images, if what is wanted has run on them."""
+        name = self.wanted(state)
+        used = self._used.get(name, 0)
+        ends = [end for end in self._ends if end > used]
+        if name == self.reference:
+            following = next(end for end in ends if self._enough(end))
+        else:
+            following = ends[-1] if self._enough(used) and not self._anchored else ends[0]
+        if self.test.measured(name) < following:
+            return False
+        self._used[name] = following
+        if following == self._ends[-1]:
+            self._complete.append(name)
+            self._anchored |= name == state
+        self._spend(state)
+        return True
+
+    def _spend(self, state: str) -> None:
+        """Give the look that comes the error probability of the images that it adds."""
+        images = sum(self._counts[self._used[name]] for name in (state, self.reference))
+        share = self.test.error_probability * images / (2 * self._counts[-1])
+        self._share[state] = share - self._spent.get(state, 0.0)
+        self._spent[state] = share
+
+    def _enough(self, batches: int) -> bool:
+        return batches >= HELD * self._ends[-1]
+
+    def _exact(self, state: str) -> EstimatedMean:
+        """The rise over the reference on all images, as a search without the test takes it."""
+        return EstimatedMean(self.test.mean(state) - self.test.mean(self.reference), 0.0, 0.0, 1)
+
+    def _estimated(self, state: str) -> EstimatedMean:
+        """The rise over the reference, by regression on what has run on all images."""
+        complete = self._complete[-KNOWN:]
+        known = torch.stack([self.test.values(name, self._ends[-1]) for name in complete], 1)
+        both = min(self._used[state], self._used[self.reference])
+        values, reference = (self.test.values(name, both) for name in (state, self.reference))
+        return estimate_mean(values - reference, known)
