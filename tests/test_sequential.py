@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toys import images, masked, toy
 
 import tp_amp
+from tp_amp.estimate import estimate_search
 
 BATCHES = 32
 
@@ -121,6 +122,23 @@ def test_each_state_was_measured_as_what_it_names(tmp_path: Any) -> None:
         torch.testing.assert_close(
             values, entropies(model, kept, 512)[: len(values)], rtol=1e-4, atol=1e-6
         )
+
+
+def test_the_time_is_compared_with_what_the_parts_of_probes_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Probes and parts of them, as many as images were run, beside the dense model."""
+    asked: list[float] = []
+
+    def estimate(profile: Any, places: Any, probes: Any, limit: int) -> Any:
+        asked.append(sum(probes))
+        return estimate_search(profile, places, probes, limit)
+
+    monkeypatch.setattr("tp_amp.adaptive.estimate_search", estimate)
+    pruner, _ = searched(toy(hidden=64, depth=3), 0.05, max_increase=0.02)
+    used, plain = pruner.forwards
+    assert asked[-1] == pytest.approx(used / (4 * BATCHES) - 1)
+    assert used < plain
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Any) -> None:
