@@ -25,13 +25,13 @@ types: $(VENV)/installed
 # speeds runs alone.
 unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
-	for file in $$(grep -l "mark.timing" tests/*.py); do \
+	for file in $$(grep -rl "mark.timing" --include="test_*.py" tests); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$file -m timing || exit 1; \
 	done
 
-# From the docstrings and tp_amp/docs, without the network; a warning is an error.
+# From the docstrings and docs, without the network; a warning is an error.
 docs: $(VENV)/installed
-	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees tp_amp/docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees docs build/docs
 
 # With the oldest releases that are supported, in an environment of its own: the tests but for the
 # slow ones, or those in the files of TESTS alone. What these releases can't do is skipped, and
@@ -43,7 +43,7 @@ oldest: $(OLDEST)/installed
 cases: $(VENV)/installed
 	mkdir -p build
 	HYPOTHESIS_PROFILE=hunt HYPOTHESIS_EXAMPLES=$(CASES) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest tests/test_properties.py -q --show-capture=no \
+		$(BIN)/python -m pytest tests/project/test_properties.py -q --show-capture=no \
 		--hypothesis-seed=$(SEED) --hypothesis-show-statistics >> build/cases.log; \
 		status=$$?; $(BIN)/python tests/count_cases.py build/cases.log; exit $$status
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tp_amp
-from tp_amp.blocks import find_blocks
+from tp_amp.structure.attention.blocks import find_blocks
 
 Draws = list[tuple[Tensor, Tensor]]
 PARTS: dict[str, Part] = {"attention and MLPs": (1, 1), "attention": (1, 0), "MLPs": (0, 1)}

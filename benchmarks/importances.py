@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import tp_amp
-from tp_amp.scoring import make_ready
+from tp_amp.importance.readiness import make_ready
 
 Batches = list[tuple[Tensor, Tensor]]
 

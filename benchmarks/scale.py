@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plan:
         print(json.dumps(plan(options.plan)))
         return
-    told, logger = Told(), logging.getLogger("tp_amp.estimate")
+    told, logger = Told(), logging.getLogger("tp_amp.running.timing")
     level = logger.level
     logger.addHandler(told)
     logger.setLevel(logging.INFO)

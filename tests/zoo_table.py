@@ -16,8 +16,8 @@ from toys import perturbed, relative
 from tqdm import tqdm
 from zoo import TIMM
 
-from tp_amp.attention import read_attentions
-from tp_amp.graph import build_graph
+from tp_amp.structure.attention.finding import read_attentions
+from tp_amp.structure.graph import build_graph
 
 README = Path(__file__).parents[1] / "README.md"
 MARK = "<!-- zoo -->"

@@ -4,83 +4,83 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_amp.allocation import plan_for_target as plan_for_target
-    from tp_amp.attention import find_attentions as find_attentions
-    from tp_amp.batches import split_batches as split_batches
-    from tp_amp.comparing import compare as compare
-    from tp_amp.comparison import Comparison as Comparison
-    from tp_amp.dimap import DIMAPImportance as DIMAPImportance
-    from tp_amp.dimap import dimap_masks as dimap_masks
-    from tp_amp.dimap import dimap_scopes as dimap_scopes
-    from tp_amp.dimap import dimap_sparsify as dimap_sparsify
-    from tp_amp.distillation import distill as distill
-    from tp_amp.estimate import Estimate as Estimate
-    from tp_amp.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
-    from tp_amp.gram_schmidt import gram_schmidt_order as gram_schmidt_order
-    from tp_amp.heads import Attention as Attention
-    from tp_amp.importance import EntropyTaylorImportance as EntropyTaylorImportance
-    from tp_amp.inspection import Inspection as Inspection
-    from tp_amp.inspection import inspect as inspect
-    from tp_amp.measuring import Measurement as Measurement
-    from tp_amp.measuring import measure as measure
-    from tp_amp.measuring import measure_both as measure_both
-    from tp_amp.mlps import MLP as MLP
-    from tp_amp.mlps import find_mlps as find_mlps
-    from tp_amp.plan import PruningPlan as PruningPlan
-    from tp_amp.plan import apply_plan as apply_plan
-    from tp_amp.plan import plan_from_importance as plan_from_importance
-    from tp_amp.pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
-    from tp_amp.rebuild import compensate as compensate
-    from tp_amp.recipe import Recipe as Recipe
-    from tp_amp.reconstruction import ReconstructionImportance as ReconstructionImportance
-    from tp_amp.reconstruction import reconstruction_order as reconstruction_order
-    from tp_amp.report import Report as Report
-    from tp_amp.saving import create_model as create_model
-    from tp_amp.saving import load_pruned as load_pruned
-    from tp_amp.saving import save_pruned as save_pruned
-    from tp_amp.widths import mlp_ratio_widths as mlp_ratio_widths
-    from tp_amp.widths import pruning_ratio_dict as pruning_ratio_dict
+    from tp_amp.budget.allocation import plan_for_target as plan_for_target
+    from tp_amp.structure.attention.finding import find_attentions as find_attentions
+    from tp_amp.running.batches import split_batches as split_batches
+    from tp_amp.evaluation.comparing import compare as compare
+    from tp_amp.reports.comparison import Comparison as Comparison
+    from tp_amp.importance.dimap import DIMAPImportance as DIMAPImportance
+    from tp_amp.importance.dimap import dimap_masks as dimap_masks
+    from tp_amp.importance.dimap import dimap_scopes as dimap_scopes
+    from tp_amp.importance.dimap import dimap_sparsify as dimap_sparsify
+    from tp_amp.distillation.distilling import distill as distill
+    from tp_amp.running.timing import Estimate as Estimate
+    from tp_amp.importance.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
+    from tp_amp.importance.gram_schmidt import gram_schmidt_order as gram_schmidt_order
+    from tp_amp.structure.attention.heads import Attention as Attention
+    from tp_amp.importance.entropy_taylor import EntropyTaylorImportance as EntropyTaylorImportance
+    from tp_amp.evaluation.inspection import Inspection as Inspection
+    from tp_amp.evaluation.inspection import inspect as inspect
+    from tp_amp.evaluation.measuring import Measurement as Measurement
+    from tp_amp.evaluation.measuring import measure as measure
+    from tp_amp.evaluation.measuring import measure_both as measure_both
+    from tp_amp.structure.mlps import MLP as MLP
+    from tp_amp.structure.mlps import find_mlps as find_mlps
+    from tp_amp.plan.pruning_plan import PruningPlan as PruningPlan
+    from tp_amp.plan.pruning_plan import apply_plan as apply_plan
+    from tp_amp.plan.pruning_plan import plan_from_importance as plan_from_importance
+    from tp_amp.search.adaptive_pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
+    from tp_amp.compensation.cut_and_compensate import compensate as compensate
+    from tp_amp.compensation.recipe import Recipe as Recipe
+    from tp_amp.importance.reconstruction import ReconstructionImportance as ReconstructionImportance
+    from tp_amp.importance.reconstruction import reconstruction_order as reconstruction_order
+    from tp_amp.reports.report import Report as Report
+    from tp_amp.plan.saving import create_model as create_model
+    from tp_amp.plan.saving import load_pruned as load_pruned
+    from tp_amp.plan.saving import save_pruned as save_pruned
+    from tp_amp.budget.mlp_widths import mlp_ratio_widths as mlp_ratio_widths
+    from tp_amp.budget.mlp_widths import pruning_ratio_dict as pruning_ratio_dict
 
 __version__ = "0.1.0"
 
 # Imported on first use: torch_pruning imports timm, and `import tp_amp` shall stay light.
 _MODULES = {
-    "MLP": "mlps",
-    "AdaptiveMLPPruner": "pruner",
-    "Attention": "heads",
-    "Comparison": "comparison",
-    "DIMAPImportance": "dimap",
-    "EntropyTaylorImportance": "importance",
-    "Estimate": "estimate",
-    "GramSchmidtImportance": "gram_schmidt",
-    "Inspection": "inspection",
-    "Measurement": "measuring",
-    "PruningPlan": "plan",
-    "Recipe": "recipe",
-    "ReconstructionImportance": "reconstruction",
-    "Report": "report",
-    "apply_plan": "plan",
-    "compare": "comparing",
-    "measure_both": "measuring",
-    "compensate": "rebuild",
-    "create_model": "saving",
-    "dimap_masks": "dimap",
-    "dimap_scopes": "dimap",
-    "dimap_sparsify": "dimap",
-    "distill": "distillation",
-    "find_attentions": "attention",
-    "find_mlps": "mlps",
-    "gram_schmidt_order": "gram_schmidt",
-    "inspect": "inspection",
-    "load_pruned": "saving",
-    "measure": "measuring",
-    "mlp_ratio_widths": "widths",
-    "plan_for_target": "allocation",
-    "plan_from_importance": "plan",
-    "pruning_ratio_dict": "widths",
-    "reconstruction_order": "reconstruction",
-    "save_pruned": "saving",
-    "split_batches": "batches",
+    "MLP": "structure.mlps",
+    "AdaptiveMLPPruner": "search.adaptive_pruner",
+    "Attention": "structure.attention.heads",
+    "Comparison": "reports.comparison",
+    "DIMAPImportance": "importance.dimap",
+    "EntropyTaylorImportance": "importance.entropy_taylor",
+    "Estimate": "running.timing",
+    "GramSchmidtImportance": "importance.gram_schmidt",
+    "Inspection": "evaluation.inspection",
+    "Measurement": "evaluation.measuring",
+    "PruningPlan": "plan.pruning_plan",
+    "Recipe": "compensation.recipe",
+    "ReconstructionImportance": "importance.reconstruction",
+    "Report": "reports.report",
+    "apply_plan": "plan.pruning_plan",
+    "compare": "evaluation.comparing",
+    "measure_both": "evaluation.measuring",
+    "compensate": "compensation.cut_and_compensate",
+    "create_model": "plan.saving",
+    "dimap_masks": "importance.dimap",
+    "dimap_scopes": "importance.dimap",
+    "dimap_sparsify": "importance.dimap",
+    "distill": "distillation.distilling",
+    "find_attentions": "structure.attention.finding",
+    "find_mlps": "structure.mlps",
+    "gram_schmidt_order": "importance.gram_schmidt",
+    "inspect": "evaluation.inspection",
+    "load_pruned": "plan.saving",
+    "measure": "evaluation.measuring",
+    "mlp_ratio_widths": "budget.mlp_widths",
+    "plan_for_target": "budget.allocation",
+    "plan_from_importance": "plan.pruning_plan",
+    "pruning_ratio_dict": "budget.mlp_widths",
+    "reconstruction_order": "importance.reconstruction",
+    "save_pruned": "plan.saving",
+    "split_batches": "running.batches",
 }
 __all__ = list(_MODULES)
 

@@ -1,0 +1,244 @@
+"""Latencies against a clock that knows the widths; once against the real one."""
+
+import copy
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from toys import fingerprint, images, toy
+from zoo import SWIN_HEADS
+
+import tp_amp
+from tp_amp.structure.attention.finding import find_attentions
+from tp_amp.running.batches import example
+from tp_amp.budget.budget import Budget
+from tp_amp.plan.cutting import Site
+from tp_amp.structure.graph import build_graph
+from tp_amp.structure.mlps import read_mlps
+
+DOWNS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
+Clock = Callable[[Callable[[nn.Module], float]], None]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Let a forward pass take the milliseconds that a function of the model gives."""
+
+    def set_to(milliseconds: Callable[[nn.Module], float]) -> None:
+        monkeypatch.setattr("tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000)
+
+    return set_to
+
+
+def widths_of(model: nn.Module) -> list[int]:
+    return [model.get_submodule(name).in_features for name in DOWNS]
+
+
+def linear(model: nn.Module) -> float:
+    return 4 + 0.1 * sum(widths_of(model))
+
+
+def budget_of(
+    model: nn.Module, target: dict[str, float], round_to: int = 1, inputs: Any = None
+) -> Budget:
+    inputs = images(1) if inputs is None else inputs
+    traced = build_graph(model, inputs)
+    sites = read_mlps(model, traced)
+    return Budget(target, model, traced.graph, sites, example(inputs), round_to=round_to)
+
+
+def reconstruction() -> tp_amp.ReconstructionImportance:
+    return tp_amp.ReconstructionImportance("prediction", data=[images()])
+
+
+def cut(model: nn.Module, widths: dict[str, int], inputs: Any) -> nn.Module:
+    model = copy.deepcopy(model)
+    plan = tp_amp.PruningPlan({name: list(range(width)) for name, width in widths.items()})
+    tp_amp.apply_plan(model, inputs, plan)
+    return model
+
+
+@pytest.mark.parametrize("widths", [(40, 40), (1, 40), (13, 29), (1, 1)])
+def test_the_cost_is_the_time_of_the_model_cut_for_real(
+    clock: Clock, widths: tuple[int, int]
+) -> None:
+    clock(linear)
+    model = toy(hidden=40)
+    found = budget_of(model, {"latency": 0.5})
+    named = dict(zip(DOWNS, widths, strict=True))
+    assert found.cost(named) == pytest.approx(linear(cut(model, named, images(1))))
+    assert found.dense == pytest.approx(12)
+    assert found.amount == pytest.approx(6)
+
+
+def test_layers_that_differ_have_tables_of_their_own(clock: Clock) -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN_HEADS)
+    inputs = images(1, size=64, channels=3)
+    traced = build_graph(model, inputs)
+    mlps, attentions = read_mlps(model, traced), find_attentions(model, inputs)
+    sites: list[Site] = [*mlps, *attentions]
+
+    def milliseconds(model: Any) -> float:
+        """Early stages have more tokens, and a head costs more than a channel."""
+        total = 3.0
+        for site in sites:
+            stage = int(site.name.split(".")[1])
+            channels = model.get_submodule(site.down).in_features
+            total += channels / 2**stage * (5 if site in attentions else 1)
+        return total
+
+    clock(milliseconds)
+    found = Budget({"latency": 0.5}, model, traced.graph, sites, example(inputs))
+    widths = {site.down: max(1, site.width // (2 + i % 3)) for i, site in enumerate(sites)}
+    assert found.cost(widths) == pytest.approx(milliseconds(cut(model, widths, inputs)))
+
+
+@pytest.mark.parametrize(
+    "milliseconds",
+    [linear, lambda model: 4 + sum(1 + w // 10 + (w / 40) ** 2 for w in widths_of(model))],
+)
+@pytest.mark.parametrize("target", [{"latency": 0.8}, {"latency": 9.0}])
+@pytest.mark.parametrize("way", ["plan", "search"])
+def test_the_target_is_met(
+    clock: Clock,
+    milliseconds: Callable[[nn.Module], float],
+    target: dict[str, float],
+    way: str,
+) -> None:
+    clock(milliseconds)
+    model = toy(hidden=40)
+    dense, before = milliseconds(model), fingerprint(model.train())
+    if way == "plan":
+        plan = tp_amp.plan_for_target(model, images(1), reconstruction(), target)
+        assert fingerprint(model) == before
+        tp_amp.apply_plan(model, images(1), plan)
+    else:
+        pruner = tp_amp.AdaptiveMLPPruner(
+            model,
+            images(1),
+            tp_amp.EntropyTaylorImportance("prediction", data=[images()]),
+            [images(seed=2)],
+            target=target,
+        )
+        assert fingerprint(model) == before
+        pruner.step()
+    [amount] = target.values()
+    allowed = amount * dense if amount <= 1 else amount
+    # Between measured widths the table is a straight line and these times are not.
+    slack = 1 + 1e-9 if milliseconds is linear else 1.1
+    assert (0.9 if way == "plan" else 0.5) * allowed < milliseconds(model) <= slack * allowed
+
+
+def test_a_target_out_of_reach_tells_the_range(clock: Clock) -> None:
+    clock(linear)
+    model = toy(hidden=40)
+    before = fingerprint(model)
+    message = re.escape(
+        "the target of 1.2 ms of latency can't be met: reachable are 4.2 to 12, "
+        "fractions 0.350 to 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        tp_amp.plan_for_target(model, images(1), reconstruction(), {"latency": 0.1})
+    pruner = tp_amp.AdaptiveMLPPruner(
+        model,
+        images(1),
+        reconstruction(),
+        [images(seed=2)],
+        target={"latency": 0.1},
+        min_width=10,
+    )
+    with pytest.raises(ValueError, match=r"reachable are 6 to 12, fractions 0\.500 to 1"):
+        pruner.step()
+    assert fingerprint(model) == before
+
+
+def test_widths_that_suit_the_device_badly_are_not_measured(clock: Clock) -> None:
+    seen: set[int] = set()
+
+    def milliseconds(model: nn.Module) -> float:
+        seen.update(widths_of(model))
+        return 4 + sum(w * (2 if w % 8 else 1) for w in widths_of(model)) / 10
+
+    clock(milliseconds)
+    model = toy(hidden=64)
+    found = budget_of(model, {"latency": 0.8}, round_to=8)
+    assert seen == {8, 16, 24, 40, 48, 64}
+    assert found.cost(dict.fromkeys(DOWNS, 48)) == pytest.approx(4 + 9.6)
+
+
+def test_time_never_falls_with_the_width(clock: Clock) -> None:
+    """A narrow width that is slow by itself counts as slow as it is, and so do wider ones."""
+    clock(lambda model: 4 + sum({13: 60, 38: 70}.get(w, w) for w in widths_of(model)) / 10)
+    found = budget_of(toy(hidden=64), {"latency": 0.8})
+    costs = found.costs(DOWNS[0])
+    assert len(costs) == 65
+    assert bool((costs.diff() >= 0).all())
+    expected = {1: 0, 13: 5.9, 26: 5.9, 38: 6.3, 51: 6.3, 64: 6.3}
+    assert {width: float(costs[width]) for width in expected} == pytest.approx(expected)
+
+
+def test_a_layer_narrower_than_a_step_stays(clock: Clock) -> None:
+    clock(linear)
+    found = budget_of(toy(hidden=40), {"latency": 1.0}, round_to=64)
+    assert found.cost(dict.fromkeys(DOWNS, 40)) == found.dense == pytest.approx(12)
+
+
+def test_what_the_table_misses_is_told(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """As long as its widest layer takes: what layers save does not add up."""
+    clock(lambda model: 2 + max(widths_of(model)))
+    found = budget_of(toy(hidden=40), {"latency": 0.6})
+    with caplog.at_level(logging.INFO, "tp_amp.budget.budget"):
+        found.confirm({DOWNS[0]: range(5), DOWNS[1]: range(40)})
+        found.confirm(dict.fromkeys(DOWNS, range(20)))
+    wrong, right = caplog.records
+    assert wrong.levelname == "WARNING"
+    assert "is 42 ms (1.000 of the dense model's), from the table 24.5 ms" in wrong.getMessage()
+    assert right.levelname == "INFO"
+    assert "is 22 ms (0.524 of the dense model's), from the table 22" in right.getMessage()
+
+
+def test_a_busy_spell_is_no_part_of_the_table(clock: Clock) -> None:
+    calls = 0
+
+    def milliseconds(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        return linear(model) * (7 if 10 < calls < 25 else 1)
+
+    clock(milliseconds)
+    found = budget_of(toy(hidden=40), {"latency": 0.6})
+    assert found.cost(dict.fromkeys(DOWNS, 1)) == pytest.approx(4.2)
+
+
+def test_load_that_stays_slows_all_alike(clock: Clock) -> None:
+    calls = 0
+
+    def milliseconds(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        return linear(model) * (2 if calls > 18 else 1)
+
+    clock(milliseconds)
+    found = budget_of(toy(hidden=40), {"latency": 0.6})
+    assert found.cost(dict.fromkeys(DOWNS, 1)) / found.dense == pytest.approx(4.2 / 12)
+
+
+def test_without_values_there_is_no_time() -> None:
+    model, inputs = toy().to("meta"), images(1).to("meta")
+    with pytest.raises(ValueError, match=r"meta device can't be measured; move it to the device"):
+        budget_of(model, {"latency": 0.5}, inputs=inputs)
+
+
+def test_the_real_clock_sees_that_a_narrow_model_is_faster() -> None:
+    torch.manual_seed(0)
+    model = toy(width=48, hidden=4000)
+    found = budget_of(model, {"latency": 0.5}, inputs=images(64))
+    smallest = dict.fromkeys(DOWNS, 1)
+    assert 0 < found.cost(smallest) < 0.7 * found.dense
+    assert found.latency is not None
+    assert found.latency.measure({name: range(1) for name in DOWNS}) < 0.8 * found.dense

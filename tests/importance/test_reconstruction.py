@@ -1,0 +1,285 @@
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from toys import ToyViT, fingerprint, images, masked, relative, toy
+
+import tp_amp
+from tp_amp.importance.entropy_taylor import hidden_moments as hidden_module
+from tp_amp.importance.hidden_moments import hidden_moments
+from tp_amp.importance.objectives import Objective
+from tp_amp.importance.sensitivity import output_sensitivity
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def hidden(kind: str, seed: int = 0) -> Tensor:
+    """Activations `(tokens, neurons)` whose covariance is of some kind."""
+    values = normal(50, 7, seed=seed) @ normal(7, 7, seed=seed + 1) + 1
+    if kind == "rank deficient":
+        values = values[:, :4] @ normal(4, 7, seed=seed + 2) + 1
+    if kind == "diagonal":
+        q = np.linalg.qr((values - values.mean(0)).numpy())[0]
+        values = torch.from_numpy(q) * torch.tensor([3.0, 1, 7, 2, 5, 4, 6]) + 1
+    return values
+
+
+def left_over(values: Tensor, weight: Tensor, kept: list[int]) -> float:
+    """Mean squared output error of the best affine reconstruction from some neurons."""
+    output = (values @ weight.T).numpy()
+    rows = np.hstack([values[:, kept].numpy(), np.ones((len(values), 1))])
+    solution = np.linalg.lstsq(rows, output, rcond=None)[0]
+    return float(((output - rows @ solution) ** 2).sum(1).mean())
+
+
+def trace_left(covariance: Tensor, weight: Tensor, kept: list[int]) -> float:
+    c, w = covariance.numpy(), weight.numpy()
+    if kept:
+        across = c[:, kept]
+        c = c - across @ np.linalg.inv(c[np.ix_(kept, kept)]) @ across.T
+    return float(np.trace(w @ c @ w.T))
+
+
+def naive_order(covariance: Tensor, weight: Tensor, steps: int) -> list[int]:
+    kept: list[int] = []
+    for _ in range(steps):
+        free = [j for j in range(len(covariance)) if j not in kept]
+        kept.append(min(free, key=lambda j: trace_left(covariance, weight, [*kept, j])))
+    return kept
+
+
+KINDS = {"plain": 7, "rank deficient": 4, "diagonal": 7}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_is_the_naive_greedy_one(kind: str, seed: int) -> None:
+    values, weight = hidden(kind, 10 * seed), normal(3, 7, seed=99 + seed)
+    covariance = torch.cov(values.T, correction=0)
+    order, _ = tp_amp.reconstruction_order(covariance, weight)
+    rank = KINDS[kind]
+    # With a neuron left, three outputs may be complete, and the last picks a tie.
+    steps = rank - 1
+    assert order[:steps].tolist() == naive_order(covariance, weight, steps)
+    assert sorted(order.tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_those_of_the_best_affine_reconstruction(kind: str, seed: int) -> None:
+    values, weight = hidden(kind, 10 * seed), normal(3, 7, seed=99 + seed)
+    order, errors = tp_amp.reconstruction_order(torch.cov(values.T, correction=0), weight)
+    expected = [left_over(values, weight, order[:k].tolist()) for k in range(8)]
+    assert errors.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9 * expected[0])
+    assert bool((errors.diff() <= 0).all())
+    assert float(errors[7]) < 1e-9 * float(errors[0])
+    if kind == "rank deficient":
+        assert float(errors[4]) < 1e-9 * float(errors[0]) < float(errors[3])
+
+
+def test_neurons_that_add_nothing_come_last_by_index() -> None:
+    covariance = torch.diag(torch.tensor([0.0, 2.0, 0.0, 1.0]))
+    order, errors = tp_amp.reconstruction_order(covariance, torch.eye(4))
+    assert order.tolist() == [1, 3, 0, 2]
+    assert errors.tolist() == pytest.approx([3, 1, 0, 0, 0])
+
+
+def test_nothing_varies() -> None:
+    order, errors = tp_amp.reconstruction_order(torch.zeros(3, 3), torch.eye(3))
+    assert order.tolist() == [0, 1, 2]
+    assert errors.tolist() == [0, 0, 0, 0]
+
+
+def test_arguments_are_left_alone() -> None:
+    covariance, weight = torch.cov(hidden("plain").T, correction=0), normal(3, 7)
+    before = covariance.clone(), weight.clone()
+    tp_amp.reconstruction_order(covariance, weight)
+    assert torch.equal(covariance, before[0])
+    assert torch.equal(weight, before[1])
+
+
+DOWN = "blocks.0.mlp.second", "blocks.1.mlp.second"
+
+
+def activations(model: nn.Module, name: str, batch: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].flatten(0, -2).double())
+    )
+    with torch.no_grad():
+        model(batch)
+    handle.remove()
+    return seen[0]
+
+
+def expected_order(model: nn.Module, name: str, batch: Tensor) -> list[int]:
+    values = activations(model, name, batch)
+    weight = model.get_submodule(name).weight.detach().double()
+    return naive_order(torch.cov(values.T, correction=0), weight, values.shape[1] - 1)
+
+
+def test_plan_keeps_the_first_picks() -> None:
+    model, batch = toy(hidden=14), images(30)
+    importance = tp_amp.ReconstructionImportance(None).collect(
+        model, batch.split(7), progress=False
+    )
+    plan = tp_amp.plan_from_importance(model, images(1), importance, 0.5)
+    for name in DOWN:
+        assert plan.keep[name] == sorted(expected_order(model, name, batch)[:7])
+        assert len(importance.errors[name]) == 15
+
+
+def test_collect_leaves_the_model_as_it_was() -> None:
+    model = toy().train()
+    model.head.weight.requires_grad_(False)
+    before = fingerprint(model)
+    tp_amp.ReconstructionImportance(None).collect(model, [images()], progress=False)
+    assert fingerprint(model) == before
+
+
+def meta_pruner(model: ToyViT, importance: object) -> tp.pruner.MetaPruner:
+    blocks = [layer for b in model.blocks for layer in (b.query, b.key, b.value, b.project)]
+    return tp.pruner.MetaPruner(
+        model,
+        (images(1),),
+        importance,
+        pruning_ratio=0.5,
+        ignored_layers=[model.embed, model.head, *blocks],
+    )
+
+
+def test_meta_pruner_keeps_the_first_picks() -> None:
+    model, batch = toy(hidden=14), images(30)
+    keep = {name: sorted(expected_order(model, name, batch)[:7]) for name in DOWN}
+    dense = copy.deepcopy(model)
+    meta_pruner(model, tp_amp.ReconstructionImportance(None, data=[batch])).step()
+    with torch.no_grad():
+        assert relative(model(batch), masked(dense, keep)(batch)) < 1e-5
+
+
+def test_data_is_collected_again_when_a_weight_has_changed() -> None:
+    model, batch = toy(hidden=14), images(30)
+    importance = tp_amp.ReconstructionImportance(None, data=[batch])
+    for _ in range(2):
+        plan = tp_amp.plan_from_importance(model, images(1), importance, 0.5)
+        assert plan.keep[DOWN[0]] == sorted(expected_order(model, DOWN[0], batch)[:7])
+        first = plan.keep[DOWN[0]]
+        with torch.no_grad():
+            model.blocks[0].mlp.second.weight.mul_(torch.linspace(0, 30, 14).roll(5))
+    assert plan.keep[DOWN[0]] == first
+    again = tp_amp.plan_from_importance(model, images(1), importance, 0.5).keep[DOWN[0]]
+    assert again == sorted(expected_order(model, DOWN[0], batch)[:7]) != first
+
+
+def test_other_projections_are_collected_when_asked_about() -> None:
+    model = toy(hidden=8)  # fewer than twelve, so no layer has more inputs than outputs
+    importance = tp_amp.ReconstructionImportance(None, data=[images(30)])
+    plan = tp_amp.plan_from_importance(model, images(1), importance, 0.5)
+    assert plan.keep[DOWN[1]] == sorted(expected_order(model, DOWN[1], images(30))[:4])
+
+
+def test_one_by_one_convolution_is_ordered_as_the_same_linear() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 7, 3), nn.ReLU(), nn.Conv2d(7, 3, 1))
+    importance = tp_amp.ReconstructionImportance(None)
+    importance.collect(model, [images(30)], layers=["2"], progress=False)
+    values = model[:2](images(30)).detach().double().movedim(1, -1).flatten(0, -2)
+    covariance = torch.cov(values.T, correction=0)
+    weight = model[2].weight.detach().double().flatten(1)
+    assert importance.orders["2"][:6].tolist() == naive_order(covariance, weight, 6)
+
+
+def test_layers_beyond_the_memory_are_collected_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = toy(), images(30)
+    once = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
+    monkeypatch.setattr(hidden_module, "_BYTES", 8 * 20**2)
+    turns = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
+    assert once.orders.keys() == turns.orders.keys() >= set(DOWN)
+    for name in DOWN:
+        assert torch.equal(once.orders[name], turns.orders[name])
+    with pytest.raises(TypeError, match="one-shot"):
+        tp_amp.ReconstructionImportance(None).collect(model, iter([batch]), progress=False)
+
+
+@pytest.mark.parametrize("name", ["blocks.7", "blocks.0.norm1", "embed"])
+def test_layer_that_is_no_projection_raises(name: str) -> None:
+    model = toy()
+    with pytest.raises(ValueError, match=name):
+        tp_amp.ReconstructionImportance(None).collect(model, [images()], layers=[name])
+
+
+def test_layer_that_is_not_called_raises() -> None:
+    model = toy()
+    model.unused = nn.Linear(9, 3)
+    with pytest.raises(ValueError, match="unused was not called"):
+        tp_amp.ReconstructionImportance(None).collect(model, [images()], layers=["unused"])
+
+
+def test_nan_images_raise() -> None:
+    bad = images()
+    bad[3, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.second are not finite.*NaN"):
+        tp_amp.ReconstructionImportance(None).collect(toy(), [images(), bad], layers=[DOWN[1]])
+
+
+def test_pruned_layer_raises_without_data() -> None:
+    model = toy()
+    importance = tp_amp.ReconstructionImportance(None).collect(model, [images()], progress=False)
+    tp_amp.apply_plan(model, images(1), tp_amp.PruningPlan({DOWN[0]: list(range(10))}))
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.second has 10 input .* 20 scores"):
+        tp_amp.plan_from_importance(model, images(1), importance, 0.5)
+
+
+def test_group_without_collected_layer_gives_none(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    importance = tp_amp.ReconstructionImportance(None)
+    importance.collect(model, [images()], layers=[DOWN[0]], progress=False)
+    graph = tp.DependencyGraph().build_dependency(model, images(1))
+    group = graph.get_pruning_group(
+        model.blocks[1].mlp.first, tp.prune_linear_out_channels, list(range(20))
+    )
+    with caplog.at_level(logging.WARNING):
+        assert importance(group) is None
+    assert "no layer that reads the group of blocks.1.mlp.first" in caplog.text
+
+
+def test_group_of_a_wide_convolution_gives_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3))
+    graph = tp.DependencyGraph().build_dependency(model, images(1))
+    group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(6)))
+    assert tp_amp.ReconstructionImportance(None, data=[images()])(group) is None
+
+
+def test_errors_count_by_what_they_cost_the_predictions() -> None:
+    """Half the trace of the Fisher information times the error, in nats."""
+    model, name = toy(), "blocks.1.mlp.second"
+    batches = images(30).split(10)
+    found = tp_amp.ReconstructionImportance("prediction").collect(model, batches, layers=[name])
+    fisher = output_sensitivity(model, [name], batches, Objective("prediction"))[name]
+    weight = model.get_submodule(name).weight.detach().double()
+    covariance = hidden_moments(model, [name], batches, progress=False)[name].inputs
+    for count in (0, 5, 12):
+        kept = found.orders[name][:count]
+        left = (
+            covariance
+            - covariance[:, kept]
+            @ torch.linalg.pinv(covariance[kept][:, kept], hermitian=True)
+            @ covariance[kept]
+        )
+        nats = 0.5 * torch.trace(fisher @ weight @ left @ weight.T)
+        assert float(found.errors[name][count]) == pytest.approx(float(nats), rel=1e-4, abs=1e-9)
+
+
+def test_layers_that_are_not_called_are_passed_over_by_default() -> None:
+    model = toy()
+    model.unused = torch.nn.Linear(9, 2)
+    found = tp_amp.ReconstructionImportance("prediction").collect(model, [images()])
+    assert "unused" not in found.orders
+    assert "blocks.0.mlp.second" in found.orders

@@ -1,0 +1,143 @@
+"""The sensitivity against gradients taken image by image, and label by label."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import fingerprint, images, toy
+
+from tp_amp.running.batches import prepare
+from tp_amp.importance.objectives import Objective
+from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity, repeated
+
+LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
+
+
+def gradient_of(model: nn.Module, layer: str, image: Tensor, loss: object) -> Tensor:
+    """Gradient at a layer's output, `(tokens, outputs)`, for one image."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, a, out: kept.append(out))
+    value = loss(model(image[None]))
+    handle.remove()
+    return torch.autograd.grad(value, kept[0])[0][0].double()
+
+
+def test_a_callable_objective_gives_the_sum_of_outer_products() -> None:
+    model = toy()
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    before = fingerprint(model)
+    found = output_sensitivity(model, LAYERS, images().split(4), Objective(squares))
+    assert fingerprint(model) == before
+    for layer in LAYERS:
+        gradients = [gradient_of(model, layer, image, squares) for image in images()]
+        expected = sum(g.T @ g for g in gradients) / len(gradients)
+        assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_predictions_give_the_fisher_information() -> None:
+    """Labels are drawn from the model; over many draws that is the mean over all labels."""
+    model = toy()
+    model.head.weight.data *= 8  # so that labels differ in probability
+    few = images(4)
+    many = [few] * 500
+    found = output_sensitivity(model, LAYERS[1:], many, Objective("prediction"))[LAYERS[1]]
+    expected = torch.zeros(12, 12, dtype=torch.double)
+    for image in few:
+        p = model(image[None])[0].softmax(-1).detach()
+        for label, weight in enumerate(p.double()):
+            loss = lambda logits, label=label: -logits.log_softmax(-1)[0, label]  # noqa: E731
+            gradient = gradient_of(model, LAYERS[1], image, loss)
+            expected += weight * (gradient.T @ gradient) / len(few)
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_it_is_the_same_each_time() -> None:
+    model = toy()
+    once, again = (
+        output_sensitivity(model, LAYERS, images().split(3), Objective("similarity"))
+        for _ in range(2)
+    )
+    assert all(torch.equal(once[layer], again[layer]) for layer in LAYERS)
+
+
+def test_a_layer_that_does_not_matter_is_named() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x)
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"does not depend on \['unused'\]"):
+        output_sensitivity(
+            Unused(), ["used", "unused"], [torch.randn(5, 4)], Objective("prediction")
+        )
+
+
+def test_a_convolution_is_the_linear_at_each_place() -> None:
+    torch.manual_seed(0)
+    linear, convolution = nn.Linear(4, 3).double(), nn.Conv2d(4, 3, 1).double()
+    convolution.load_state_dict(
+        {"weight": linear.weight.detach()[:, :, None, None], "bias": linear.bias.detach()}
+    )
+    tokens = torch.randn(5, 6, 4).double()
+    squares = Objective(lambda output: output.square().sum())
+    maps = tokens.mT.reshape(5, 4, 2, 3)
+    expected = output_sensitivity(nn.Sequential(linear), ["0"], [tokens], squares)
+    found = output_sensitivity(nn.Sequential(convolution), ["0"], [maps], squares)
+    torch.testing.assert_close(found["0"], expected["0"])
+
+
+def places(model: nn.Module, batches: list[Tensor], objective: object, layers: list[str]) -> dict:
+    inputs = [prepare(batch, model) for batch in batches]
+    return place_sensitivity(model, layers, inputs, Objective(objective))
+
+
+def test_a_place_weighs_its_mean_squared_gradient() -> None:
+    model = toy()
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    before = fingerprint(model)
+    found = places(model, list(images().split(4)), squares, LAYERS)
+    assert fingerprint(model) == before
+    for layer in LAYERS:
+        gradients = [gradient_of(model, layer, image, squares) for image in images()]
+        expected = torch.stack([g.square().sum(1) for g in gradients]).mean(0)
+        expected = expected / expected.mean() + 0.1
+        assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
+        assert len(expected) > 1
+
+
+def test_layers_whose_places_are_unknown_are_left_out() -> None:
+    class Parts(nn.Module):
+        """One layer that is read, one that is not, and one that has no images first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread, self.turned = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unread(x)
+            turned = self.turned(x.flatten(0, 1)[:-1])
+            return self.read(x).mean(1) + turned.mean(0)
+
+    torch.manual_seed(0)
+    layers = ["read", "unread", "turned"]
+    squares = lambda output: output.square().sum(1).mean()  # noqa: E731
+    found = places(Parts(), [torch.randn(3, 4, 6)], squares, layers)
+    assert list(found) == ["read"]
+    assert not places(Parts(), [torch.randn(3, 4, 6), torch.randn(3, 5, 6)], squares, ["read"])
+
+
+def test_places_repeat_for_each_image() -> None:
+    weights = torch.tensor([1.0, 2.0])
+    assert repeated(weights, 6).tolist() == [1, 2, 1, 2, 1, 2]
+    assert repeated(weights, 5) is None
+    assert repeated(None, 6) is None
+
+
+def test_gradients_that_are_not_finite_raise() -> None:
+    model = toy()
+    broken = lambda output: (output * 0).abs().sqrt().mean()  # noqa: E731
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.second.* not finite"):
+        places(model, [images(4)], broken, LAYERS)

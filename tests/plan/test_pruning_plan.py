@@ -1,0 +1,156 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch_pruning as tp
+from toys import fingerprint, images, masked, relative, toy
+
+import tp_amp
+from tp_amp import PruningPlan
+from tp_amp.search.bisection import Probe
+
+PLAN = PruningPlan(
+    keep={"blocks.0.mlp.second": [0, 3, 19], "blocks.1.mlp.second": [5]},
+    dense_widths={"blocks.0.mlp.second": 20, "blocks.1.mlp.second": 20},
+    probes={"blocks.1.mlp.second": [Probe(10, 0.12345678901234567, True)]},
+    dense_entropy=1.5,
+)
+
+
+def test_json_round_trip_is_exact() -> None:
+    assert PruningPlan.from_json(PLAN.to_json()) == PLAN
+    assert json.loads(PLAN.to_json())["keep"] == PLAN.keep
+
+
+def test_json_is_readable_one_line_a_layer() -> None:
+    assert '    "blocks.0.mlp.second": [0, 3, 19],' in PLAN.to_json().splitlines()
+
+
+BAD_JSON = {
+    "not json": ("{", "plan is not JSON"),
+    "a list": ("[]", "not a pruning plan"),
+    "no keep": ('{"format": 1}', "not a pruning plan"),
+    "newer": (
+        PLAN.to_json().replace('"format": 1', '"format": 2'),
+        "format 2, this tp_amp reads 1",
+    ),
+    "text index": (PLAN.to_json().replace("[5]", '["5"]'), "damaged"),
+    "float index": (PLAN.to_json().replace("[5]", "[5.0]"), "damaged"),
+    "no probes": ('{"format": 1, "keep": {}, "dense_widths": {}}', "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_json_raises(case: str) -> None:
+    text, message = BAD_JSON[case]
+    with pytest.raises(ValueError, match=message):
+        PruningPlan.from_json(text)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_applied_plan_equals_masked_dense(gated: bool, bias: bool) -> None:
+    model = toy(gated=gated, bias=bias)
+    last = "out" if gated else "second"
+    keep = {f"blocks.{i}.mlp.{last}": kept for i, kept in ((0, [0, 3, 19]), (1, [7]))}
+    expected = masked(model, keep)(images())
+    tp_amp.apply_plan(model, images(1), PruningPlan(keep))
+    assert relative(model(images()), expected) < 1e-5
+    assert model.get_submodule(f"blocks.1.mlp.{last}").in_features == 1
+
+
+def test_plan_of_one_layer_leaves_the_others() -> None:
+    model = toy()
+    tp_amp.apply_plan(model, images(1), PruningPlan({"blocks.1.mlp.second": [1, 2]}))
+    assert model.blocks[0].mlp.first.out_features == 20
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    model = toy()
+    before = fingerprint(model)
+    plan = PruningPlan({f"blocks.{i}.mlp.second": list(range(20)) for i in range(2)})
+    tp_amp.apply_plan(model, images(1), plan)
+    assert fingerprint(model) == before
+
+
+BAD_PLANS = {
+    "unknown": (
+        PruningPlan({"blocks.7.mlp.second": [0]}),
+        "blocks.7.mlp.second is neither an MLP of this model nor an attention",
+    ),
+    "attention": (
+        PruningPlan({"blocks.0.project": [0]}),
+        r"blocks.0.project is neither an MLP .* no heads: {.blocks.0.: .*number of heads",
+    ),
+    "empty": (PruningPlan({"blocks.0.mlp.second": []}), "must be distinct and within 0..19"),
+    "repeated": (PruningPlan({"blocks.0.mlp.second": [1, 1]}), "must be distinct"),
+    "negative": (PruningPlan({"blocks.0.mlp.second": [-1]}), "within 0..19"),
+    "too large": (PruningPlan({"blocks.0.mlp.second": [20]}), "within 0..19"),
+    "other width": (
+        PruningPlan({"blocks.0.mlp.second": [0]}, {"blocks.0.mlp.second": 40}),
+        "has 20 channels, the plan was made for 40",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLANS)
+def test_bad_plan_raises_before_anything_is_cut(case: str) -> None:
+    plan, message = BAD_PLANS[case]
+    good = {"blocks.1.mlp.second": [0, 1]}
+    model = toy()
+    before = fingerprint(model)
+    plan = PruningPlan({**good, **plan.keep}, plan.dense_widths)
+    with pytest.raises(ValueError, match=message):
+        tp_amp.apply_plan(model, images(1), plan)
+    assert fingerprint(model) == before
+
+
+def test_plan_from_importance_keeps_the_largest_scores() -> None:
+    model = toy()
+    dense = copy.deepcopy(model)
+    importance = tp.importance.MagnitudeImportance(p=2, normalizer=None, group_reduction="sum")
+    plan = tp_amp.plan_from_importance(model, images(1), importance, 0.3)
+    for block in range(2):
+        mlp = dense.blocks[block].mlp
+        norms = mlp.first.weight.square().sum(1) + mlp.second.weight.square().sum(0)
+        expected = sorted(norms.topk(6).indices.tolist())
+        assert plan.keep[f"blocks.{block}.mlp.second"] == expected
+    assert fingerprint(model)["values"] == fingerprint(dense)["values"]
+
+
+def test_plan_from_importance_takes_widths_by_name() -> None:
+    widths = {"blocks.1.mlp.second": 4}
+    plan = tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), widths)
+    assert plan.widths == widths
+    assert plan.dense_widths == {"blocks.1.mlp.second": 20}
+
+
+@pytest.mark.parametrize(
+    "widths", [{"blocks.1.mlp.second": 0}, {"blocks.1.mlp.second": 21}, 0.0, -0.5, 1.5]
+)
+def test_widths_out_of_range_raise(widths: object) -> None:
+    with pytest.raises(ValueError, match=r"can't keep|must be a fraction above 0"):
+        tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), widths)
+
+
+def test_widths_of_another_layer_raise() -> None:
+    with pytest.raises(ValueError, match="head is neither an MLP of this model nor an attention"):
+        tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), {"head": 3})
+
+
+def test_ties_keep_the_first_channels() -> None:
+    plan = tp_amp.plan_from_importance(toy(), images(1), lambda group: torch.ones(20), 0.2)
+    assert plan.keep["blocks.0.mlp.second"] == [0, 1, 2, 3]
+
+
+def test_at_least_one_channel_stays() -> None:
+    plan = tp_amp.plan_from_importance(toy(), images(1), tp.importance.LAMPImportance(), 0.01)
+    assert set(plan.widths.values()) == {1}
+
+
+def test_a_model_without_mlps_is_told() -> None:
+    with pytest.raises(ValueError, match="no MLP was found in Linear"):
+        tp_amp.plan_from_importance(
+            torch.nn.Linear(3, 2), torch.randn(1, 3), tp.importance.LAMPImportance(), 0.5
+        )

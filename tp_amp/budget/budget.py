@@ -1,0 +1,169 @@
+"""Sizes to prune to: what each width costs, and the tolerance that meets a target."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import shapes_first
+from tp_amp.running.batches import Inputs
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.evaluation.inspection import count_macs
+from tp_amp.budget.latency import Latency
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("params", "macs", "latency")
+_UNITS = {"params": "params", "macs": "macs", "latency": "ms of latency"}
+# A search that comes that close below the target is taken.
+_CLOSE = 0.01
+_TRIALS = 12
+# The table adds up what the layers save; a model that is off by more is told.
+_FAR = 0.1
+
+
+class Budget:
+    """How large a model may be, and how large it is at given widths.
+
+    Args:
+        target: `{"params": 0.6}`, `{"macs": 0.6}` or `{"latency": 0.6}`: a fraction of the dense
+            model up to 1, or an absolute number above, of latency in milliseconds of one forward
+            pass on the example inputs.
+        model: the dense model.
+        graph: its `tp.DependencyGraph`.
+        sites: what may be cut.
+        inputs: example inputs, on which MACs are counted and the latency is measured.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        round_to: the latency is measured at widths of MLPs that are multiples of it.
+
+    Raises:
+        ValueError: the target is none of these, or the latency can't be measured.
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, float],
+        model: nn.Module,
+        graph: Any,
+        sites: Sequence[Site],
+        inputs: Inputs,
+        forward_fn: Callable[..., Any] | None = None,
+        round_to: int = 1,
+    ) -> None:
+        if len(target) != 1 or not set(target) <= set(KINDS):
+            raise ValueError(f"target must name one of {KINDS}, found {dict(target)}")
+        [(self.kind, amount)] = target.items()
+        if not (math.isfinite(amount) and amount > 0):
+            raise ValueError(f"target must be a positive number, found {dict(target)}")
+        self.target = dict(target)
+        self.widths = {site.down: site.width for site in sites}
+        self.latency: Latency | None = None
+        measure = _parameters if self.kind == "params" else partial(_macs, forward_fn=forward_fn)
+        self.dense, self.units = _costs(measure, model, graph, sites, inputs)
+        if self.kind == "latency":
+            # Sites of one width whose channels make as many MACs have the same shapes and tokens.
+            alike = {site: (type(site), site.width, self.units[site.down]) for site in sites}
+            self.latency = Latency(graph, alike, inputs, forward_fn, round_to)
+            self.dense = self.latency.dense
+            self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
+        self.amount = amount * self.dense if amount <= 1 else amount
+
+    def saved(self, name: str, width: int) -> float:
+        """What one site at a width saves of the dense model's cost."""
+        if self.latency is not None:
+            return self.latency.saved(name, width)
+        return (self.widths[name] - width) * self.units[name]
+
+    def cost(self, widths: Mapping[str, int]) -> float:
+        """Parameters, MACs or milliseconds of the model at given widths."""
+        return self.dense - math.fsum(self.saved(name, width) for name, width in widths.items())
+
+    def costs(self, name: str) -> Tensor:
+        """What one site costs with 0, 1, ... channels or heads kept, `(width + 1,)`."""
+        saved = [self.saved(name, width) for width in range(self.widths[name] + 1)]
+        return saved[0] - torch.tensor(saved, dtype=torch.float64)
+
+    def tolerances(self, increase: float) -> dict[str, float]:
+        """Allow each site an increase in proportion to what it costs, the mean site `increase`.
+
+        So MLPs that hold more of the model may cost more of the entropy.
+        """
+        costs = {name: self.units[name] * width for name, width in self.widths.items()}
+        mean = math.fsum(costs.values()) / len(costs)
+        return {name: increase * (cost / mean) if cost else 0.0 for name, cost in costs.items()}
+
+    def check(self, smallest: Mapping[str, int]) -> None:
+        """Raise ValueError with the reachable range if the target is out of it."""
+        least = self.cost(smallest)
+        if not least <= self.amount <= self.dense:
+            raise ValueError(
+                f"the target of {self.amount:.4g} {_UNITS[self.kind]} can't be met: reachable are "
+                f"{least:.4g} to {self.dense:.4g}, fractions {least / self.dense:.3f} to 1"
+            )
+
+    def confirm(self, keep: Mapping[str, Sequence[int]]) -> None:
+        """Measure the latency of the model cut to `keep`, and warn where the table is far off."""
+        if self.latency is None:
+            return
+        foreseen = self.cost({name: len(kept) for name, kept in keep.items()})
+        measured = self.latency.measure(keep)
+        told = "the latency is %.4g ms (%.3f of the dense model's), from the table %.4g ms (%.3f)"
+        values = (measured, measured / self.dense, foreseen, foreseen / self.dense)
+        if abs(measured - foreseen) <= _FAR * foreseen:
+            logger.info(told, *values)
+        else:
+            logger.warning(told + "; measure again on a machine that does nothing else", *values)
+
+    def meet(self, widths_at: Callable[[float], Mapping[str, int]], start: float) -> float:
+        """Find the smallest tolerance (nats) whose widths meet the target, by bisection."""
+        fails, meets, best = 0.0, math.inf, math.inf
+        increase = start
+        for _ in range(_TRIALS):
+            cost = self.cost(widths_at(increase))
+            logger.info("max_increase %.3g gives %.4g %s", increase, cost, _UNITS[self.kind])
+            if cost <= self.amount:
+                meets = best = increase
+                if cost >= self.amount * (1 - _CLOSE):
+                    break
+            else:
+                fails = increase
+            if math.isinf(meets):
+                increase *= 4
+            else:
+                increase = math.sqrt(fails * meets) if fails else meets / 4
+        if math.isinf(best):
+            widths_at(best)  # every probe is accepted: the smallest widths, which meet it
+        return best
+
+
+def _costs(
+    measure: Callable[[nn.Module, Inputs], float],
+    model: nn.Module,
+    graph: Any,
+    sites: Sequence[Site],
+    inputs: Inputs,
+) -> tuple[float, dict[str, float]]:
+    """The dense model's cost, and that of one channel or head of each site."""
+
+    def costs(inputs: Inputs, _: Any) -> tuple[float, dict[str, float]]:
+        dense, units = measure(model, inputs), {}
+        for site in sites:
+            with narrowed(graph, site, range(1, site.width)):
+                units[site.down] = dense - measure(model, inputs)
+        return dense, units
+
+    return shapes_first(model, inputs, costs)
+
+
+def _parameters(model: nn.Module, inputs: Inputs) -> float:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _macs(model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None) -> float:
+    return count_macs(model, inputs, forward_fn)[""]

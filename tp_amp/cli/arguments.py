@@ -1,0 +1,331 @@
+"""The arguments of `tp-amp` and what its help says; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import tp_amp
+from tp_amp.cli import argument_values as value
+from tp_amp.cli.help_texts import CRITERIA, DATA, DESCRIPTION, EXITS, IMPORTANCES, METHODS, MODEL
+
+
+class CommandError(ValueError):
+    """A command line that can't be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    # One line, and an exit code that `main` gives.
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands."""
+    shape: Any = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("tp-amp", description=DESCRIPTION, epilog=EXITS, formatter_class=shape)
+    parser.add_argument("--version", action="version", version=f"tp-amp {tp_amp.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, usage: str, text: str, *explained: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            usage=f"tp-amp {name} {usage} [options]",
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="\n".join((*explained, EXITS)),
+            formatter_class=shape,
+        )
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+        added.add_argument(
+            "--verbose", action="store_true", help="log each step, and errors with a traceback"
+        )
+        return added
+
+    _add_inspect(add)
+    _add_compare(add)
+    _add_prune(add)
+    _add_distill(add)
+    _add_report(add)
+    return parser
+
+
+_Add = Callable[..., argparse.ArgumentParser]
+
+
+def _add_inspect(add: _Add) -> None:
+    examples = """\
+examples:
+  tp-amp inspect timm:swin_tiny_patch4_window7_224
+  tp-amp inspect timm:vit_tiny_patch16_224 --model-args img_size=64 depth=4 --json
+"""
+    parser = add("inspect", "MODEL", "tell what can be cut, what not and why", MODEL, examples)
+    _add_model(parser)
+
+
+def _add_compare(add: _Add) -> None:
+    examples = """\
+The metric is accuracy where the images have labels of the model's classes, else the mean cosine
+similarity between the outputs of the cut and of the dense model (1: nothing changed).
+
+examples:
+  tp-amp compare timm:vit_base_patch16_224 --pretrained --data photos --plot criteria.png
+  tp-amp compare timm:vit_tiny_patch16_224 --weights mine.safetensors --data test.parquet \\
+      --importance entropy taylor magnitude --keep 0.7 0.5 --compensation affine
+"""
+    parser = add(
+        "compare",
+        "MODEL --data DATA",
+        "measure criteria side by side at the same sizes",
+        MODEL,
+        DATA,
+        CRITERIA,
+        examples,
+    )
+    _add_model(parser)
+    _add_data(parser, "that the metric is taken on")
+    parser.add_argument(
+        "--importance",
+        nargs="+",
+        choices=tuple(IMPORTANCES),
+        metavar="IMPORTANCE",
+        help="one or more, see below (default: all that the data has labels for)",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        type=value.fraction,
+        default=[0.75, 0.5, 0.25],
+        metavar="FRACTION",
+        help="of the channels of every MLP (default: 0.75 0.5 0.25)",
+    )
+    _add_compensation(parser, "none")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture: .png, .svg or .pdf")
+
+
+def _add_prune(add: _Add) -> None:
+    examples = """\
+With --target and reconstruction (the default) the widths are those with the smallest foreseen
+loss; with --max-increase, or any other importance, each width is searched.
+
+examples:
+  tp-amp prune timm:vit_base_patch16_224 --pretrained --data photos --target macs=0.6 --output small
+  tp-amp prune open_clip:ViT-B-32/laion2b_s34b_b79k --pretrained --data photos \\
+      --importance entropy --max-increase 0.01 --output small
+then, in Python: model = tp_amp.create_model("small")
+"""
+    parser = add(
+        "prune",
+        "MODEL --data DATA --output FOLDER (--target KIND=SIZE | --max-increase NATS)\n"
+        "                   ",
+        "cut a model, compensate and save it",
+        MODEL,
+        DATA,
+        CRITERIA,
+        examples,
+    )
+    _add_model(parser)
+    _add_data(parser, "that widths are searched and the result is judged on")
+    _add_output(parser)
+    size = parser.add_argument_group("how small (one of the two)").add_mutually_exclusive_group(
+        required=True
+    )
+    size.add_argument(
+        "--target",
+        type=value.target,
+        metavar="KIND=SIZE",
+        help="params=0.6, macs=0.6 or latency=0.6 of the dense model; above 1 a number, "
+        "params=20e6; latency is that of one image on --device, above 1 in milliseconds",
+    )
+    size.add_argument(
+        "--max-increase",
+        type=value.not_negative,
+        metavar="NATS",
+        help="of entropy that the cut of each MLP may add; the paper has 0.01",
+    )
+    parser.add_argument(
+        "--importance",
+        choices=tuple(IMPORTANCES),
+        default="reconstruction",
+        metavar="IMPORTANCE",
+        help="see below (default: reconstruction)",
+    )
+    _add_compensation(parser, "affine")
+    parser.add_argument(
+        "--refine",
+        type=value.positive,
+        default=0,
+        metavar="PASSES",
+        help="fit every Linear between the cut layers too, then go so often through the images, "
+        "say 10, to improve both layers of each cut MLP; for --compensation affine",
+    )
+    parser.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="keep the activations of one block at a time while scoring and refining, for models "
+        "too deep for the memory; takes about half longer (entropy and reconstruction)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="write the state of a search; a killed command started again goes on from there",
+    )
+    parser.add_argument(
+        "--prune-num-heads", action="store_true", help="cut heads of attentions too"
+    )
+    parser.add_argument(
+        "--round-to", type=value.positive, default=1, metavar="N", help="widths are multiples of N"
+    )
+    parser.add_argument(
+        "--min-width", type=value.positive, default=1, metavar="N", help="smallest width of an MLP"
+    )
+
+
+def _add_distill(add: _Add) -> None:
+    examples = """\
+The teacher is the dense model that FOLDER was cut from, with the weights you name. The student
+learns its tokens before the final norm; no label is read. Accuracy, where the images have labels of
+the model's classes, or else the cosine to the teacher is measured before and after. The images to
+train on are held in memory, 0.6 MB each at 224 x 224; tp_amp.distill in Python takes any loader.
+Needs tp-amp[distill], and --train lora needs tp-amp[lora].
+
+examples:
+  tp-amp distill small --pretrained --data photos --output better
+  tp-amp distill small --weights mine.safetensors --data train.parquet --images 8000 \\
+      --epochs 30 --train cut --checkpoint run --output better
+"""
+    parser = add(
+        "distill",
+        "FOLDER --data DATA --output FOLDER2 (--pretrained | --weights FILE)\n"
+        "                     ",
+        "train a pruned model to give its dense teacher's features, without labels",
+        DATA,
+        examples,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the student, made by tp-amp prune")
+    _add_output(parser)
+    teacher = parser.add_argument_group("teacher (one of the two)").add_mutually_exclusive_group()
+    teacher.add_argument("--pretrained", action="store_true", help="the library's own weights")
+    _add_weights(teacher, "of the dense model: ")
+    _add_data(parser, "that the result is judged on", "to train on", 1024)
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs",
+        type=value.positive,
+        default=10,
+        metavar="N",
+        help="the papers use 5 to 30 on ImageNet (default: 10); the first tenth, one epoch at "
+        "most, is warm-up",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=value.above_zero,
+        default=2e-5,
+        metavar="RATE",
+        help="at 256 images for each step, scaled by --batch-size / 256 (default: 2e-5)",
+    )
+    group.add_argument(
+        "--train",
+        choices=("all", "cut", "lora"),
+        default="all",
+        help="all weights, those of cut layers, or adapters on these (default: all)",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="write the state after each epoch, losses.json and losses.png; a killed command "
+        "started again goes on from there",
+    )
+    _add_place(parser.add_argument_group("model"))
+
+
+def _add_report(add: _Add) -> None:
+    example = "example:\n  tp-amp report small --html report.html\n"
+    parser = add("report", "FOLDER", "show what was cut where", example)
+    parser.add_argument("folder", metavar="FOLDER", help="made by tp-amp prune")
+    parser.add_argument("--html", metavar="FILE", help="write a page with plots, ending in .html")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="see below")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model-args",
+        nargs="+",
+        type=value.name_and_value,
+        default=[],
+        metavar="NAME=VALUE",
+        help="further arguments of the model: num_classes=10 img_size=64",
+    )
+    group.add_argument("--pretrained", action="store_true", help="the library's own weights")
+    _add_weights(group)
+    _add_place(group)
+
+
+def _add_weights(group: Any, whose: str = "") -> None:
+    text = f"{whose}.safetensors, or a state dict without pickled objects"
+    group.add_argument("--weights", metavar="FILE", help=text)
+
+
+def _add_place(group: Any) -> None:
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: cuda if there)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of weights and images (default: the model's own)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of all that is random: weights, images (default: 0)"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="to write; must be empty or not there"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of an earlier run in --output"
+    )
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, purpose: str, first: str = "that score", count: int = 256
+) -> None:
+    group = parser.add_argument_group("images, without labels unless said otherwise")
+    group.add_argument("--data", required=True, metavar="DATA", help="see below")
+    group.add_argument(
+        "--split", default="train", metavar="NAME", help="of datasets:NAME (default: train)"
+    )
+    group.add_argument(
+        "--images",
+        type=value.positive,
+        default=count,
+        metavar="N",
+        help=f"{first} (default: {count})",
+    )
+    group.add_argument(
+        "--search-images",
+        type=value.positive,
+        default=128,
+        metavar="N",
+        help=f"others, {purpose} (default: 128)",
+    )
+    group.add_argument(
+        "--batch-size", type=value.positive, default=32, metavar="N", help="(default: 32)"
+    )
+    group.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that can't be decoded"
+    )
+
+
+def _add_compensation(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--compensation",
+        choices=METHODS,
+        default=default,
+        help="fold what the cut neurons said into the bias (mean), or into the weights of the "
+        f"kept ones too (affine); default: {default}",
+    )

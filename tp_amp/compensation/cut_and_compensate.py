@@ -1,0 +1,103 @@
+"""Prune a dense model to a plan and compensate, in one call from any script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_amp.running.batches import check_batches, one_image, prepare
+from tp_amp.compensation.closed_form import RIDGE, Correction, Method
+from tp_amp.plan.cutting import cut, undone_after_errors
+from tp_amp.structure.graph import build_graph
+from tp_amp.plan.pruning_plan import PruningPlan, planned_sites
+from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
+from tp_amp.compensation.walk import fit
+
+
+@torch.inference_mode(False)  # parameters made in it could not be trained
+def compensate(
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    *,
+    method: Method = "affine",
+    ridge: float = RIDGE,
+    add_bias: bool = False,
+    token_weights: TokenWeights = None,
+    every_linear: bool = False,
+    refine: int = 0,
+    activation_checkpointing: bool = False,
+    progress: bool = True,
+) -> dict[str, Correction]:
+    """Cut a dense model to a plan, in place, with what is lost rebuilt from what is kept.
+
+    For each cut layer y = W h + b with kept inputs S and cut ones P, over the tokens of unlabelled
+    images: `mean` adds W_P (mean of h_P) to b; `affine` adds W_P B to W_S with B the ridge
+    regression of h_P on h_S, and W_P (mean of h_P - B mean of h_S) to b (CORP, arXiv 2602.05243).
+    Layers are fitted in the order of the forward pass, each on the model as cut and corrected so
+    far, against what the layer gives in the dense model. No labels.
+
+    Args:
+        model: the dense model.
+        plan: from `plan_from_importance`, `AdaptiveMLPPruner` or by hand; MLPs and heads.
+        batches: unlabelled images in batches `(images, ...)`; labels in them are ignored.
+        method: `"none"`, `"mean"` or `"affine"`.
+        ridge: lambda relative to the mean diagonal of the kept channels' covariance; it grows
+            tenfold where there is no solution, and that is logged.
+        add_bias: give cut layers without a bias one; else the best correction without is taken.
+        token_weights: takes the images (or the dict of keyword arguments) of a batch and gives the
+            weight of each token, `(images, tokens)`: 0 for padding. Or `"sensitivity"`: at each
+            layer, what an error at the token's place costs the dense model's predictions, by one
+            backward pass over the images.
+        every_linear: fit all Linears from the first to the last cut layer (queries, keys and
+            values, projections, `up` layers) against what they give in the dense model. It keeps
+            more accuracy and takes about twice as long.
+        refine: passes over the images, 10 say, in which both layers of each cut MLP are improved
+            together, by gradients of its own output's error alone, as costly to the dense model's
+            predictions. Needs `every_linear=True`. It keeps more where most is cut.
+        activation_checkpointing: run each block again in the backward passes through the whole
+            model, those of `refine` and `token_weights="sensitivity"`: for models too deep for the
+            memory.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Layer -> what was added, with the mean squared error of the layer's output before and
+        after on `batches`.
+
+    Raises:
+        ValueError: the plan does not fit, an argument is out of range, or the model has no blocks
+            one after another for `activation_checkpointing`; the model is as it was.
+        TypeError: `batches` can't be iterated.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> plan = tp_amp.PruningPlan({"blocks.0.mlp.fc2": list(range(192))})
+        >>> fitted = tp_amp.compensate(model, plan, [torch.randn(16, 3, 224, 224)])
+        >>> fitted["blocks.0.mlp.fc2"].error < fitted["blocks.0.mlp.fc2"].error_before
+        True
+    """
+    recipe = Recipe(
+        method, ridge, add_bias, token_weights, every_linear, refine, activation_checkpointing
+    )
+    check_batches(batches)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to fit the compensation on")
+    example = one_image(prepare(batches[0], model))
+    example_inputs = example.kwargs or example.args
+    traced = build_graph(model, example_inputs)
+    sites = planned_sites(model, example_inputs, traced, plan)
+    fitted = fit(traced.graph, list(sites.values()), plan.keep, batches, recipe, progress=progress)
+    with undone_after_errors(model):
+        for name, site in sites.items():
+            for group in cut(traced.graph, site, plan.keep[name]):
+                group.prune()
+        # Once all is cut: one site's `down` may be another's `up`, whose corrections have its rows.
+        for name, correction in fitted.items():
+            first = sites[name].first if name in sites else 0
+            apply(model.get_submodule(name), correction, first)
+    return fitted

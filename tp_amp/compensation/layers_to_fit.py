@@ -1,0 +1,80 @@
+"""Which layers compensation fits, and what of them stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_amp.running.batches import Inputs
+from tp_amp.plan.cutting import Site, site_group
+from tp_amp.structure.groups import group_layers
+from tp_amp.compensation.recipe import Recipe
+from tp_amp.running.watching import calls_in_order
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to fit.
+
+    Attributes:
+        name: its path.
+        site: what it reads of, where its inputs are cut.
+        outputs: which of the dense layer's outputs stay; all where None.
+    """
+
+    name: str
+    site: Site | None = None
+    outputs: tuple[int, ...] | None = None
+
+    def inputs(self, values: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
+        """What of the layer's input, once it is cut, the correction reads."""
+        if self.site is None:
+            return values
+        first = self.site.first
+        return values[:, first : first + len(kept[self.name]) * self.site.unit_width]
+
+
+def layers_to_fit(
+    graph: Any,
+    few: Inputs,
+    sites: Sequence[Site],
+    keep: Mapping[str, Sequence[int]],
+    recipe: Recipe,
+) -> list[Layer]:
+    """The layers to fit, in the order of the forward pass."""
+    model: nn.Module = graph.model
+    cut = {site.down: site for site in sites}
+    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear and n not in cut]
+    called = calls_in_order(model, few, [*cut, *(linears if recipe.every_linear else [])])
+    counts = {name: called.count(name) for name in called}
+    if any(counts.get(name, 0) != 1 for name in cut):
+        raise ValueError(
+            f"compensation needs each layer called once in a forward pass; of {len(cut)} layers "
+            f"the calls were {[name for name in called if name in cut]}"
+        )
+    dropped: dict[str, set[int]] = {}
+    for site in sites:
+        units = sorted(set(range(site.width)) - set(keep[site.down]))
+        for part in group_layers(site_group(graph, site, units)):
+            if part.side == "out":
+                dropped.setdefault(part.name, set()).update(part.indices)
+    # Nothing is lost before the first layer that is cut; the last one ends the chain.
+    # To refine the first MLP, its `up` needs a correction too.
+    opening = {*cut, *(up for site in sites for up in site.up if recipe.refine)}
+    first = next(place for place, name in enumerate(called) if name in opening)
+    last = max(place for place, name in enumerate(called) if name in cut)
+    layers = []
+    for name in called[first : last + 1]:
+        if counts[name] > 1:
+            logger.warning("%s is called %d times and is not fitted", name, counts[name])
+            continue
+        weight: Any = model.get_submodule(name).weight
+        kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
+        layers.append(Layer(name, cut.get(name), kept if name in dropped else None))
+    return layers

@@ -1,0 +1,156 @@
+"""How cut layers are compensated, and the correction put into a layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tp_amp.running.batches import Inputs
+from tp_amp.compensation.closed_form import METHODS, RIDGE, Correction, Method, Moments, correct
+from tp_amp.importance.objectives import Objective
+from tp_amp.importance.sensitivity import place_sensitivity
+
+logger = logging.getLogger(__name__)
+
+TokenWeights = Callable[[Any], Tensor] | Literal["sensitivity"] | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compensate.
+
+    Attributes:
+        method: `"none"`, `"mean"` or `"affine"`.
+        ridge: lambda relative to the mean diagonal of the kept channels' covariance.
+        add_bias: give layers that are fitted and have no bias one.
+        every_linear: fit the Linears between the first and the last cut layer too, against what
+            they give in the dense model.
+        refine: passes over the images in which, after the solution in closed form, both layers of
+            each cut MLP are improved by gradients of its own output; for `every_linear` alone.
+        activation_checkpointing: run each block again in the backward passes through the whole
+            model, those of `refine` and `token_weights="sensitivity"`, as for
+            `EntropyTaylorImportance`.
+        token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
+            the weight of each token, `(images, tokens)`, 0 for padding; or `"sensitivity"`: each
+            layer's tokens weigh what an error at their place costs the predictions (or
+            similarities) of the dense model, by its squared gradient. By default all are 1.
+
+    Raises:
+        ValueError: `method`, `ridge`, `token_weights` or `refine` is not valid, or nothing needs
+            `activation_checkpointing`.
+
+    Example:
+        >>> import torch, tp_amp
+        >>> ones = lambda images: torch.ones(len(images), 197)
+        >>> tp_amp.Recipe("affine", token_weights=ones).ridge
+        0.0001
+    """
+
+    method: Method = "affine"
+    ridge: float = RIDGE
+    add_bias: bool = False
+    token_weights: TokenWeights = None
+    every_linear: bool = False
+    refine: int = 0
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"compensation must be one of {METHODS}, found {self.method!r}")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge must be zero or more, found {self.ridge}")
+        weights = self.token_weights
+        if weights is not None and weights != "sensitivity" and not callable(weights):
+            raise ValueError(
+                f'token_weights must be "sensitivity", a callable or None, found {weights!r}'
+            )
+        if not isinstance(self.refine, int) or self.refine < 0:
+            raise ValueError(f"refine must be a number of passes, found {self.refine!r}")
+        if self.refine and not (self.every_linear and self.method == "affine"):
+            raise ValueError(
+                f"refine={self.refine} goes on from every Linear solved for; pass "
+                'every_linear=True and the method "affine" too'
+            )
+        if self.activation_checkpointing and not self.refine and weights != "sensitivity":
+            raise ValueError(
+                'only refine and token_weights="sensitivity" run backward passes; leave '
+                "activation_checkpointing out"
+            )
+
+
+def apply(layer: nn.Module, correction: Correction, first: int = 0) -> None:
+    """Add a correction to a layer's weight, from input channel `first` on, and to its bias."""
+    weight: Any = layer.weight
+    changed = weight.detach().clone()
+    width = correction.weight.shape[1]
+    added = correction.weight.to(changed).view(len(changed), width, *changed.shape[2:])
+    changed[:, first : first + width] += added
+    layer._parameters["weight"] = nn.Parameter(changed, weight.requires_grad)
+    if correction.bias is not None:
+        old: Any = layer._parameters.get("bias")
+        shift = correction.bias.to(changed)
+        moved = shift if old is None else old.detach() + shift
+        required = weight.requires_grad if old is None else old.requires_grad
+        layer._parameters["bias"] = nn.Parameter(moved, required)
+
+
+@contextmanager
+def applied(layer: nn.Module, correction: Correction, first: int) -> Iterator[None]:
+    """Let a layer run with a correction; on exit it has its own parameters back."""
+    own = dict(layer._parameters)
+    apply(layer, correction, first)
+    try:
+        yield
+    finally:
+        layer._parameters.update(own)
+
+
+def corrected(name: str, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
+    """Solve for one layer's correction, and say what stands against it."""
+    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=name)
+    kept = correction.weight.shape[1]
+    if moments.tokens < 10 * kept:
+        logger.warning(
+            "%s: %d tokens for %d kept channels are few; fit on more images",
+            name,
+            moments.tokens,
+            kept,
+        )
+    if not bias:
+        logger.info("%s has no bias to correct; add_bias=True gives it one", name)
+    return correction
+
+
+def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
+    """The weight of each token of a batch, in one row, where the caller gives them."""
+    if not callable(recipe.token_weights):
+        return None
+    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+
+
+def place_weights(
+    recipe: Recipe, model: nn.Module, layers: Collection[str], batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """The weight of each place of an image, by layer, where the dense model gives them."""
+    if recipe.token_weights != "sensitivity" or recipe.method == "none":
+        return {}
+    found = place_sensitivity(
+        model,
+        layers,
+        batches,
+        Objective(),
+        activation_checkpointing=recipe.activation_checkpointing,
+    )
+    left = [name for name in layers if name not in found]
+    if left:
+        logger.warning(
+            "all tokens of %s weigh the same: the objective does not depend on them, or their "
+            "outputs have other places on other batches",
+            ", ".join(left),
+        )
+    return found

@@ -1,0 +1,216 @@
+"""Fit compensation through the depth of a model: each layer on the model as cut before it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import observing
+from tp_amp.running.batches import Inputs, bar, one_image, stream
+from tp_amp.structure.chain import Step, find_chain, first_tensor
+from tp_amp.compensation.closed_form import Correction, Moments
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.running.distributed import merged, together
+from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
+from tp_amp.compensation.recipe import Recipe, applied, corrected, given_weights, place_weights
+from tp_amp.compensation.refinement import cost_factors, refine, spread
+from tp_amp.importance.sensitivity import repeated
+from tp_amp.running.watching import arguments, watch
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def fit(
+    graph: Any,
+    sites: Sequence[Site],
+    keep: Mapping[str, Sequence[int]],
+    batches: Iterable[Any],
+    recipe: Recipe,
+    *,
+    progress: bool = True,
+) -> dict[str, Correction]:
+    """Fit the corrections of all layers in the order of the forward pass; nothing is changed.
+
+    Each layer is fitted on the model as cut and corrected before it, against what the layer gives
+    in the dense model, so that errors do not build up. Where the model is a chain of modules, each
+    batch walks through it once as dense and once as cut; else it starts anew for each layer.
+    Where the recipe says so, both layers of an MLP are then refined together. Under a process group
+    all ranks' tokens count, and all ranks get the same corrections.
+
+    Args:
+        graph: the `tp.DependencyGraph` of the dense model.
+        sites: the MLPs and attentions to be cut.
+        keep: `down` -> kept channels or heads.
+        batches: unlabelled images; their states at one depth are held, never all activations.
+        recipe: how to compensate.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Layer -> correction, in the order of the forward pass.
+    """
+    sites = [site for site in sites if len(keep[site.down]) < site.width]
+    if recipe.method == "none" or not sites:
+        return {}
+    model: nn.Module = graph.model
+    with together("compensation"):
+        with observing(model, gradients=False):
+            inputs = list(stream(batches, model, description="reading", progress=False))
+            few = one_image(inputs[0], 2)
+            sizes = {tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in inputs}
+            # What the steps are called with besides the state may depend on the images' size.
+            chain = [Step("")]
+            if len(sizes) == 1:
+                chain = find_chain(model, few, [site.name for site in sites])
+            layers = layers_to_fit(graph, few, sites, keep, recipe)
+        places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
+        factors: dict[str, Tensor] = {}
+        if recipe.refine:
+            again = recipe.activation_checkpointing
+            factors = cost_factors(model, layers, inputs, activation_checkpointing=again)
+        with observing(model, gradients=False):
+            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, factors)
+            for step in bar(chain, description="compensation", progress=progress):
+                walk.take(step)
+    return walk.corrections
+
+
+class _Walk:
+    """Takes all batches through the chain, once as in the dense model and once as in the cut."""
+
+    def __init__(
+        self,
+        graph: Any,
+        layers: list[Layer],
+        keep: Mapping[str, Sequence[int]],
+        recipe: Recipe,
+        inputs: list[Inputs],
+        chain: list[Step],
+        places: Mapping[str, Tensor],
+        factors: Mapping[str, Tensor],
+    ) -> None:
+        self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
+        self.model: nn.Module = graph.model
+        self.corrections: dict[str, Correction] = {}
+        self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
+        self.factors = factors
+        self.last = chain[-1]
+        self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
+        self.cut = list(self.dense)
+
+    def take(self, step: Step) -> None:
+        """Fit the layers inside one step, and take all batches to the next."""
+        prefix = f"{step.name}." if step.name else ""
+        inside = [x for x in self.layers if x.name == step.name or x.name.startswith(prefix)]
+        module = self.model.get_submodule(step.name)
+        following: list[Any] = []
+        for layer in inside:
+            goes_on = layer is inside[-1] and step is not self.last
+            targets = []
+            for state in self.dense:
+                (_, target), output = watch(
+                    module, self.model, layer.name, _inputs(step, state), stop=not goes_on
+                )
+                targets.append(target if layer.outputs is None else target[:, layer.outputs])
+                following += [first_tensor(output)] if goes_on else []
+            with self._cut(inside):
+                self.corrections[layer.name] = self._fit(layer, module, step, targets)
+            if layer.name in self.factors:
+                with self._cut(inside):
+                    self._refine(layer, module, step, targets)
+        if step is self.last:
+            return
+        if not inside:
+            following = [first_tensor(_inputs(step, x).call(module)) for x in self.dense]
+        self.dense = following
+        with self._cut(inside):
+            self.cut = [first_tensor(_inputs(step, x).call(module)) for x in self.cut]
+
+    def _fit(
+        self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]
+    ) -> Correction:
+        moments = Moments(layer.name)
+        for state, target, given in zip(self.cut, targets, self.given, strict=True):
+            (hidden, output), _ = watch(
+                module, self.model, layer.name, _inputs(step, state), stop=True
+            )
+            weights = self._weights(layer, given, len(hidden))
+            moments.add(layer.inputs(hidden, self.keep), target - output, weights)
+        own = getattr(self.model.get_submodule(layer.name), "bias", None)
+        bias = own is not None or self.recipe.add_bias
+        moments = merged(f"the moments of {layer.name}", moments)
+        return corrected(layer.name, moments, self.recipe, bias)
+
+    def _weights(self, layer: Layer, given: Tensor | None, tokens: int) -> Tensor | None:
+        return repeated(self.places.get(layer.name), tokens) if given is None else given
+
+    def _refine(self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]) -> None:
+        """Improve the layers of an MLP together; what that changes is added to the corrections."""
+        site: Any = layer.site
+        part = self.model.get_submodule(site.name)
+        states = [_inputs(step, state) for state in self.cut]
+        read = [called for state in states if (called := arguments(module, part, state))]
+        if len(read) < len(states):  # only its layers are called, not what holds them
+            part, read = module, states
+        kind = torch.promote_types(targets[0].dtype, torch.float32)
+        factor = self.factors[layer.name].to(targets[0].device, kind)
+
+        def costly(values: Tensor, batch: int) -> Tensor:
+            """Values whose squares add up to what they cost as errors."""
+            weights = self._weights(layer, self.given[batch], len(values))
+            if weights is None:
+                return values.to(factor) @ factor
+            seen = weights > 0  # what padding holds must not matter, be it NaN
+            return weights[seen].sqrt().to(factor)[:, None] * (values[seen].to(factor) @ factor)
+
+        def loss(batch: int) -> Tensor:
+            (_, output), _ = watch(part, self.model, layer.name, read[batch], stop=True)
+            return costly(output - targets[batch], batch).square().sum()
+
+        names = [name for name in (*site.up, site.down) if name in self.corrections]
+        layers = {name: self.model.get_submodule(name) for name in names}
+        losses = [partial(loss, batch) for batch in range(len(read))]
+        whole = spread(costly(target, batch) for batch, target in enumerate(targets))
+        found = refine(layers, losses, whole, self.recipe.refine)
+        if not found:
+            logger.warning(
+                "%s: refining found nothing better than the closed form; try more passes, or "
+                "batches of fewer images",
+                layer.name,
+            )
+        for name, added in found.items():
+            self.corrections[name] = self.corrections[name].plus(added)
+
+    @contextmanager
+    def _cut(self, layers: list[Layer]) -> Iterator[None]:
+        """The model with some layers cut, and corrected where they have been fitted."""
+        with ExitStack() as stack:
+            for layer in layers:
+                if layer.site is not None:
+                    stack.enter_context(narrowed(self.graph, layer.site, self.keep[layer.name]))
+            for layer in layers:
+                if layer.name in self.corrections:
+                    module = self.model.get_submodule(layer.name)
+                    first = layer.site.first if layer.site else 0
+                    stack.enter_context(applied(module, self.corrections[layer.name], first))
+            yield
+
+
+def _inputs(step: Step, state: Any) -> Inputs:
+    if not step.name:
+        return state  # type: ignore[no-any-return]
+    return Inputs((state, *step.inputs.args), step.inputs.kwargs)
+
+
+def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:
+    """What the first step is called with: its first argument, or the batch for a whole model."""
+    if not step.name:
+        return batch
+    called = arguments(model, model.get_submodule(step.name), batch)
+    return called.args[0] if called else batch

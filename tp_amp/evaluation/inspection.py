@@ -1,0 +1,222 @@
+"""The preflight: what of a model will be pruned, what not and why, and what it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tp_amp.running.restoring import evaluating, shapes_first
+from tp_amp.structure.attention.finding import read_attentions
+from tp_amp.structure.attention.adapting import exposing
+from tp_amp.running.batches import Inputs, example, runner
+from tp_amp.structure.graph import build_graph
+from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.mlps import MLP, read_mlps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters, and multiply-accumulates on the example inputs, of a part of a model."""
+
+    parameters: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; `print` it for a report.
+
+    Attributes:
+        model: name of the model's class.
+        mlps: the MLPs that can be pruned, in the order of the forward pass.
+        attentions: the attentions that can lose heads.
+        kept_attentions: module path of each other attention -> why it keeps its heads.
+        kept_layers: module path of each Linear that belongs to no group -> why.
+        shares: `"total"`, and what of it is in `"MLPs"`, `"attention"` and `"rest"`.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> found = tp_amp.inspect(model, torch.randn(1, 3, 224, 224))
+        >>> [mlp.name for mlp in found.mlps], found.kept_layers
+        (['blocks.0.mlp'], {'head': 'no layer reads its channels'})
+        >>> round(found.shares["MLPs"].macs / found.shares["total"].macs, 3)
+        0.443
+    """
+
+    model: str
+    mlps: list[MLP]
+    attentions: list[Attention]
+    kept_attentions: dict[str, str] = field(default_factory=dict)
+    kept_layers: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        total = self.shares["total"]
+        lines = [
+            f"{self.model}: {total.parameters / 1e6:.2f} M parameters, {total.macs / 1e9:.3f} GMACs"
+        ]
+        for part in ("MLPs", "attention", "rest"):
+            share = self.shares[part]
+            parameters = share.parameters / max(total.parameters, 1)
+            macs = share.macs / max(total.macs, 1)
+            lines.append(f"  {part:<10}{parameters:>6.1%} of parameters  {macs:>6.1%} of MACs")
+        sites: dict[str, Sequence[MLP | Attention]] = {
+            "MLPs that can be pruned": self.mlps,
+            "attentions that can lose heads": self.attentions,
+        }
+        for title, found in sites.items():
+            lines += _section(title, {site.name: _describe(site) for site in found})
+        lines += _section("attentions that keep all heads", self.kept_attentions)
+        lines += _section("Linears in no group, which stay whole", self.kept_layers)
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None
+) -> Inspection:
+    """Tell what of a model will be pruned, what will not and why; the model is left as it was.
+
+    Each Linear that belongs to no group is also logged as a warning.
+
+    Args:
+        model: any module that Torch-Pruning can trace.
+        example_inputs: as for `find_mlps`; MACs are those of one forward pass on them.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+
+    Raises:
+        ValueError: the model fails on `example_inputs`.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> print(tp_amp.inspect(model, torch.randn(1, 3, 224, 224)))
+        VisionTransformer: 0.82 M parameters, 0.131 GMACs
+          MLPs       35.9% of parameters   44.3% of MACs
+          attention  18.0% of parameters   33.5% of MACs
+          rest       46.1% of parameters   22.2% of MACs
+        MLPs that can be pruned: 1
+          blocks.0.mlp: 768 channels, fc1 -> fc2
+        attentions that can lose heads: 1
+          blocks.0.attn: 3 heads, qkv -> proj
+        Linears in no group, which stay whole: 1
+          head: no layer reads its channels
+    """
+    reasons: dict[nn.Module, str] = {}
+    mlps = read_mlps(model, build_graph(model, example_inputs, forward_fn=forward_fn), reasons)
+    attentions, kept_attentions = read_attentions(model, example_inputs, forward_fn)
+    sites: list[MLP | Attention] = [*mlps, *attentions]
+    in_group = {name for site in sites for name in (*site.up, site.down)}
+    kept_layers = {
+        name: reasons.get(module, "it is not called as a module")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in in_group
+    }
+    for name, reason in kept_layers.items():
+        logger.warning("%s belongs to no group and stays whole: %s", name, reason)
+    holders = [attention.name for attention in attentions] + list(kept_attentions)
+    macs = macs_of(model, example(example_inputs), forward_fn)
+    shares = _shares(model, macs, mlps, holders)
+    return Inspection(type(model).__name__, mlps, attentions, kept_attentions, kept_layers, shares)
+
+
+def macs_of(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None
+) -> dict[str, float]:
+    """As `count_macs`, on the meta device where the model runs there."""
+    return shapes_first(model, inputs, lambda given, _: count_macs(model, given, forward_fn))
+
+
+def count_macs(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+) -> dict[str, float]:
+    """Multiply-accumulates of each module on some inputs, those of its children included."""
+    run = runner(model, forward_fn)
+    counter = FlopCounterMode(display=False)
+    # With gradients, since nn.MultiheadAttention goes a fused way without, which isn't counted.
+    with torch.enable_grad(), evaluating(model, trainable=True), exposing(model), counter:
+        inputs.call(run)
+    top = type(model).__name__
+    found = {
+        name.removeprefix(top).removeprefix("."): sum(counts.values()) / 2
+        for name, counts in counter.flop_counts.items()
+        if name != "Global"
+    }
+    # A forward_fn may go round the model's own call, which has no entry then.
+    return found | {"": counter.get_total_flops() / 2}
+
+
+def _shares(
+    model: nn.Module, macs: dict[str, float], mlps: list[MLP], holders: list[str]
+) -> dict[str, Share]:
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_modules()}
+    total = Share(sizes[""], macs.get("", 0.0))
+    fractions = {
+        name: fraction for mlp in mlps for name, fraction in _hidden_fractions(model, mlp).items()
+    }
+    hidden = Share(
+        sum(sizes[name] * fraction for name, fraction in fractions.items()),
+        sum(macs.get(name, 0.0) * fraction for name, fraction in fractions.items()),
+    )
+    # What an attention and an MLP share is counted with the MLP.
+    attention = Share(
+        sum(sizes[name] for name in holders) - _inside(sizes, fractions, holders),
+        sum(macs.get(name, 0.0) for name in holders) - _inside(macs, fractions, holders),
+    )
+    rest = Share(
+        total.parameters - hidden.parameters - attention.parameters,
+        total.macs - hidden.macs - attention.macs,
+    )
+    return {"total": total, "MLPs": hidden, "attention": attention, "rest": rest}
+
+
+def _hidden_fractions(model: nn.Module, mlp: MLP) -> dict[str, float]:
+    """The MLP's layers, and what fraction of each is its own; parallel blocks share theirs."""
+    fractions = dict.fromkeys((*mlp.up, *mlp.inner, mlp.down), 1.0)
+    if mlp.fused:
+        for name, dim in ((mlp.up[0], 0), (mlp.down, 1)):
+            weight: Any = model.get_submodule(name).weight
+            fractions[name] = mlp.width / weight.shape[dim]
+    return fractions
+
+
+def _inside(amounts: dict[str, Any], fractions: dict[str, float], holders: Iterable[str]) -> float:
+    return math.fsum(
+        amounts.get(name, 0.0) * fraction
+        for name, fraction in fractions.items()
+        if any(name.startswith(f"{holder}.") for holder in holders)
+    )
+
+
+def _describe(site: MLP | Attention) -> str:
+    path = f"{site.name}." if site.name else ""
+    # An nn.MultiheadAttention makes q, k and v itself.
+    up = ["in_proj" if name == site.name else name.removeprefix(path) for name in site.up]
+    inner = [name.removeprefix(path) for name in site.inner]
+    layers = " -> ".join([" + ".join(up), *inner, site.down.removeprefix(path)])
+    return f"{site.width} {site.units}, {layers}"
+
+
+def _section(title: str, texts: dict[str, str]) -> list[str]:
+    """A list under a title, with one line for those that differ in their numbers only."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for path, text in texts.items():
+        alike = re.sub(r"\b\d+\b", "*", path), re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
+        lines.setdefault(alike, []).append(path)
+    listed = [
+        f"  {paths[0] or 'the model'}: {texts[paths[0]]}"
+        if len(paths) == 1
+        else f"  {pattern} ({len(paths)} times): {text}"
+        for (pattern, text), paths in lines.items()
+    ]
+    return [f"{title}: {len(texts)}", *listed] if texts else []

@@ -1,0 +1,257 @@
+"""What a model costs and how well it does: size, MACs, speed, accuracy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.batches import Inputs, check_batches, stream
+from tp_amp.evaluation.inspection import macs_of
+from tp_amp.importance.objectives import ends_in_classifier, read_logits
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 3  # runs that are not timed
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` found.
+
+    Attributes:
+        parameters: number of parameters.
+        macs: multiply-accumulates for each image.
+        images_per_second: the median over forward passes.
+        quartiles: images per second between which half of the passes lie.
+        batch_size: images of the batch that was timed.
+        repeats: forward passes that were timed, after the warm-up.
+        device: what the model ran on, a CPU with its number of threads.
+        dtype: of the weights, or of autocast.
+        accuracy: fraction of the labelled images whose largest logit is their class, if known.
+        labelled_images: how many images it was taken over.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+        >>> measured = tp_amp.measure(model, [torch.randn(2, 3, 224, 224)])
+        >>> low, high = measured.quartiles
+        >>> low <= measured.images_per_second <= high
+        True
+        >>> measured.macs, measured.accuracy, measured.dtype
+        (130952448.0, None, 'float32')
+    """
+
+    parameters: int
+    macs: float
+    images_per_second: float
+    quartiles: tuple[float, float]
+    batch_size: int
+    repeats: int
+    device: str
+    dtype: str
+    accuracy: float | None = None
+    labelled_images: int = 0
+
+    @property
+    def conditions(self) -> str:
+        """Under what the speed was measured; only speeds under the same ones compare."""
+        return f"batches of {self.batch_size}, {self.dtype}, {self.device}"
+
+
+def measure(
+    model: nn.Module, batches: Iterable[Any], *, repeats: int = 10, progress: bool = True
+) -> Measurement:
+    """Measure a model's parameters, MACs, speed and, given labels, accuracy; it is left as it was.
+
+    The model runs in eval mode, without gradients, on its device and in its dtype. The speed is
+    that on the first batch. Only where batches hold labels are they all read. Two models measured
+    one after the other compare well only on a machine that does nothing else; see `measure_both`.
+
+    Args:
+        model: dense or pruned.
+        batches: images as for the importances; labels are read where a batch is `(images, labels)`
+            or a dict with `labels`, as integers `(images,)`.
+        repeats: forward passes that are timed.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: there is no batch, the model fails on one, it is on the meta device, `repeats`
+            is less than one, or a label is none of the model's classes.
+        TypeError: the batches are of a type that can't be read.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+        >>> images, labels = torch.randn(2, 3, 224, 224), torch.tensor([3, 8])
+        >>> measured = tp_amp.measure(model, [(images, labels)])
+        >>> measured.parameters, measured.macs, measured.labelled_images
+        (632842, 130952448.0, 2)
+    """
+    return _measure([model], batches, repeats, progress)[0]
+
+
+def measure_both(
+    before: nn.Module,
+    after: nn.Module,
+    batches: Iterable[Any],
+    *,
+    repeats: int = 10,
+    progress: bool = True,
+) -> tuple[Measurement, Measurement]:
+    """Measure two models that take turns, so that other load on the machine slows both alike.
+
+    Args:
+        before: the dense model, such as a copy made before it was pruned.
+        after: the pruned model, on the same device and in the same dtype.
+        batches: as for `measure`.
+        repeats: forward passes of each that are timed.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: as `measure`, or the models are on two devices or of two dtypes.
+        TypeError: the batches are of a type that can't be read.
+
+    Example:
+        >>> import copy, timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+        >>> images = torch.randn(2, 3, 224, 224)
+        >>> plan = tp_amp.plan_from_importance(model, images, tp_amp.DIMAPImportance(), 0.5)
+        >>> pruned = copy.deepcopy(model)
+        >>> tp_amp.apply_plan(pruned, images, plan)
+        >>> report = plan.report(*tp_amp.measure_both(model, pruned, [images]))
+        >>> report.before.parameters - report.after.parameters
+        147840
+    """
+    first, second = _measure([before, after], batches, repeats, progress)
+    return first, second
+
+
+@torch.no_grad()
+def _measure(
+    models: Sequence[nn.Module], batches: Iterable[Any], repeats: int, progress: bool
+) -> list[Measurement]:
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
+    check_batches(batches)
+    weight = _like(models)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model, trainable=False))
+        stack.enter_context(seeded(0))
+        rest = stream(batches, models[0], description="measuring", progress=progress)
+        first = next(rest)
+        macs = [macs_of(model, first)[""] / first.images for model in models]
+        speeds = _speeds(models, first, weight.device, repeats)
+        accuracies, labelled = _accuracies(models, first, rest)
+    return [
+        Measurement(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=macs[i],
+            images_per_second=speeds[i][1],
+            quartiles=(speeds[i][0], speeds[i][2]),
+            batch_size=first.images,
+            repeats=repeats,
+            device=_device(weight.device),
+            dtype=_dtype(weight),
+            accuracy=accuracies[i],
+            labelled_images=labelled,
+        )
+        for i, model in enumerate(models)
+    ]
+
+
+def _like(models: Sequence[nn.Module]) -> Tensor:
+    """A weight with the device and dtype of all models."""
+    floating = ((p for p in model.parameters() if p.is_floating_point()) for model in models)
+    weights = [next(parameters, torch.empty(0)) for parameters in floating]
+    if any(weight.is_meta for weight in weights):
+        raise ValueError("the model is on the meta device, without values; give it weights first")
+    kinds = {f"{weight.dtype} on {weight.device}" for weight in weights}
+    if len(kinds) > 1:
+        raise ValueError(f"the models are {' and '.join(sorted(kinds))}; move one to the other's")
+    return weights[0]
+
+
+def _speeds(
+    models: Sequence[nn.Module], inputs: Inputs, device: torch.device, repeats: int
+) -> list[list[float]]:
+    """Images per second of each model: lower quartile, median and upper quartile."""
+    speeds: list[list[float]] = [[] for _ in models]
+    for _ in range(WARM_UP + repeats):
+        for model, found in zip(models, speeds, strict=True):
+            found.append(inputs.images / seconds(model, inputs, device))
+    return [numpy.quantile(found[WARM_UP:], (0.25, 0.5, 0.75)).tolist() for found in speeds]
+
+
+def seconds(run: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
+    """How long one forward pass takes on a device, all of its work done."""
+    _wait(device)
+    start = time.perf_counter()
+    inputs.call(run)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for what an accelerator still has to do; a call only hands it the work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        getattr(torch, device.type).synchronize()  # a CPU's does nothing
+
+
+def _accuracies(
+    models: Sequence[nn.Module], first: Inputs, rest: Iterable[Inputs]
+) -> tuple[list[float | None], int]:
+    """Each model's fraction of labelled images that it gets right, and how many there are."""
+    unknown: list[float | None] = [None] * len(models)
+    if first.labels is None:
+        return unknown, 0
+    for model in models:
+        if not ends_in_classifier(model, first):
+            name = type(model).__name__
+            logger.warning("accuracy is not measured: %s does not end in a classifier", name)
+            return unknown, 0
+    right, total = [0] * len(models), 0
+    for inputs in chain([first], rest):
+        if inputs.labels is not None:
+            total += inputs.images
+            for i, model in enumerate(models):
+                right[i] += _right(read_logits(inputs.call(model)), inputs.labels)
+    return [count / total for count in right], total
+
+
+def _right(logits: Tensor, labels: Tensor) -> int:
+    """How many images have their largest logit at their label."""
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < logits.shape[1]:
+        raise ValueError(
+            f"labels from {low} to {high} are not all among the model's {logits.shape[1]} classes; "
+            "pass the labels of its classes, or none"
+        )
+    return int((logits.argmax(1) == labels.to(logits.device)).sum())
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads".replace(", 1 threads", ", 1 thread")
+    return str(device)
+
+
+def _dtype(weight: Tensor) -> str:
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind):
+        return f"autocast to {torch.get_autocast_dtype(kind)}".replace("torch.", "")
+    return str(weight.dtype).removeprefix("torch.")

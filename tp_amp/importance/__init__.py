@@ -1,0 +1,8 @@
+"""Which channels matter?
+
+One module for each criterion, each a Torch-Pruning importance: `entropy_taylor` (AMP),
+`gram_schmidt` (DGMR), `dimap` (DIMAP) and `reconstruction`. They ask `objectives` what the model
+is for, `sensitivity` what an error costs its predictions and `hidden_moments` what its layers
+read, kept as `moments`; `recording` and `recomputing` bound the memory of scoring. `readiness`
+collects what an importance needs before it is asked.
+"""

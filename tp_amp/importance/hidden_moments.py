@@ -1,0 +1,85 @@
+"""Moments of what layers read, over unlabelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import hooks, observing
+from tp_amp.running.batches import check_batches, stream
+from tp_amp.compensation.closed_form import Moments
+from tp_amp.running.distributed import merged, together
+
+# Covariances of all layers at once may take that many bytes; more are collected in turns.
+_BYTES = 2**30
+
+
+def hidden_moments(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Iterable[Any],
+    *,
+    progress: bool,
+) -> dict[str, Moments]:
+    """Moments of the inputs of some layers, over all tokens, of all ranks.
+
+    Raises:
+        ValueError: a layer is never called.
+    """
+    moments: dict[str, Moments] = {name: Moments(name) for name in layers}
+
+    def watch(name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
+            hidden = values.reshape(-1, values.shape[-1])
+            moments[name].add(hidden, hidden[:, :0])
+
+        return add
+
+    with (
+        together("covariances"),
+        observing(model, gradients=False),
+        hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
+    ):
+        for inputs in stream(batches, model, description="covariances", progress=progress):
+            inputs.call(model)
+        moments = {name: merged(f"the moments of {name}", m) for name, m in moments.items()}
+    for name, collected in moments.items():
+        if not collected.count:
+            raise ValueError(f"{name} was not called on the batches; leave it out of the layers")
+        if not bool(torch.isfinite(collected.inputs).all()):
+            raise ValueError(f"activations of {name} are not finite; check the images for NaN")
+    return moments
+
+
+def narrowing_layers(model: nn.Module, batches: Iterable[Any]) -> list[str]:
+    """The Linears with more inputs than outputs that are called on the first batch."""
+    check_batches(batches, repeatable=True)
+    called: list[str] = []
+    with (
+        observing(model, gradients=False),
+        hooks(
+            module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.in_features > module.out_features
+        ),
+    ):
+        next(stream(batches, model, description="first batch", progress=False)).call(model)
+    return list(dict.fromkeys(called))
+
+
+def in_turns(widths: list[tuple[str, int]]) -> list[list[str]]:
+    """Layers whose covariances fit into the memory together."""
+    parts: list[list[str]] = []
+    used = 0
+    for name, width in widths:
+        size = 8 * width**2
+        if not parts or used + size > _BYTES:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    return parts

@@ -1,0 +1,206 @@
+"""What an error at a layer's output costs the model: label-free Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import hooks, observing
+from tp_amp.running.batches import Inputs, stream
+from tp_amp.running.distributed import Turn, add_up_named, agree, in_turns, of_each, together
+from tp_amp.importance.objectives import Objective, resolve_on
+from tp_amp.importance.recomputing import recomputed
+
+# What the objective does not see of a layer still steers what comes after it: such a share of the
+# mean is added to what errors cost.
+LEAST = 0.1
+
+
+def output_sensitivity(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    skip_unused: bool = False,
+    activation_checkpointing: bool = False,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
+
+    The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
+    model's own softmax p (of its logits, or of the similarities of a batch), so that 1/2 tr(G E) is
+    how many nats an error of the output with second moment E costs, to second order. For a callable
+    objective it is its own gradient.
+
+    Args:
+        model: left as it was.
+        layers: module paths of Linears or convolutions.
+        batches: unlabelled images.
+        objective: what the model is for.
+        skip_unused: leave out layers that the objective does not depend on.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Module path -> G, `(outputs, outputs)` in float64.
+
+    Raises:
+        ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
+            has no blocks one after another for `activation_checkpointing`.
+    """
+    resolved = resolve_on(objective, model, batches)
+    totals: dict[str, Tensor] = {}
+    images = 0
+    with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
+        own = stream(batches, model, description="sensitivity", progress=progress)
+        for turn in recomputed(in_turns(own), model, stack, wanted=activation_checkpointing):
+            gradients = _gradients(model, layers, turn, resolved, skip_unused)
+            for name, gradient in gradients.items():
+                rows = _rows(model.get_submodule(name), gradient)
+                totals[name] = totals.get(name, 0) + rows.T @ rows
+            images += turn.images
+        # One by one: all at once would take much memory.
+        for name in totals:
+            totals |= add_up_named(f"the sensitivity of {name}", {name: totals[name]})
+    _check_finite(totals)
+    return {name: total / images for name, total in totals.items()}
+
+
+def place_sensitivity(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Inputs],
+    objective: Objective,
+    *,
+    activation_checkpointing: bool = False,
+) -> dict[str, Tensor]:
+    """How much errors of layers cost at each place of an image, relative to all its places.
+
+    The squared gradient of `output_sensitivity`, as its mean over the images of all ranks: that of
+    a single token of one image, of one drawn label, tells little. All places weigh a tenth of their
+    mean at least.
+
+    Args:
+        model: left as it was.
+        layers: module paths of Linears or convolutions.
+        batches: unlabelled images, prepared.
+        objective: what the model is for.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
+
+    Returns:
+        Module path -> `(places,)`. Layers on which the objective does not depend are left out, and
+        those whose outputs have no images first, or not the same places on all batches.
+
+    Raises:
+        ValueError: a gradient is not finite, or the model has no blocks one after another for
+            `activation_checkpointing`.
+    """
+    totals: dict[str, Tensor] = {}
+    uneven: set[str] = set()
+    with observing(model, gradients=True), ExitStack() as stack:
+        resolved = objective.resolve(model, batches[0])
+        own = in_turns(iter(batches))
+        for turn in recomputed(own, model, stack, wanted=activation_checkpointing):
+            gradients = _gradients(model, layers, turn, resolved, skip_unused=True)
+            for name, gradient in gradients.items():
+                images = turn.inputs.images if turn.inputs else 1
+                squares = _rows(model.get_submodule(name), gradient).square().sum(1)
+                if len(gradient) % images:
+                    uneven.add(name)
+                    continue
+                places = squares.view(images, -1).sum(0)
+                if name in totals and len(totals[name]) != len(places):
+                    uneven.add(name)
+                    continue
+                totals[name] = totals[name] + places if name in totals else places
+    added = _added({name: total for name, total in totals.items() if name not in uneven})
+    _check_finite(added)
+    return {
+        name: total.to(totals[name]) / total.mean() + LEAST
+        for name, total in added.items()
+        if float(total.sum()) > 0
+    }
+
+
+def _check_finite(totals: dict[str, Tensor]) -> None:
+    broken = [name for name, total in totals.items() if not bool(torch.isfinite(total).all())]
+    if broken:
+        raise ValueError(f"gradients at {broken} are not finite; check weights and images for NaN")
+
+
+def _added(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all ranks, of what has the same places on all of them."""
+    found = of_each("the sensitivity of places", totals)
+    if isinstance(found, dict):
+        return found
+    same = [
+        name
+        for name in found[0]
+        if all(name in other and other[name].shape == found[0][name].shape for other in found)
+    ]
+    return {name: torch.stack([other[name] for other in found]).sum(0) for name in same}
+
+
+def repeated(places: Tensor | None, tokens: int) -> Tensor | None:
+    """The weights of so many tokens, image after image; None where they are no whole images."""
+    if places is None or tokens % len(places):
+        return None
+    return places.repeat(tokens // len(places))
+
+
+def _gradients(
+    model: nn.Module,
+    layers: Collection[str],
+    turn: Turn,
+    objective: Objective,
+    skip_unused: bool,
+) -> dict[str, Tensor]:
+    """The gradients at the outputs of some layers, as these are."""
+    outputs: dict[str, Tensor] = {}
+    first_run = True
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            if first_run:  # else a block is run again in the backward pass
+                outputs[name] = output
+            return output
+
+        return hook
+
+    with hooks(model.get_submodule(n).register_forward_hook(keep(n)) for n in layers):
+        loss = _loss(model, turn, objective)
+        if turn.inputs is None:
+            return {}
+        first_run = False
+        missing = [name for name in layers if name not in outputs]
+        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+    found = dict(zip(outputs, gradients, strict=True))
+    missing += [name for name, gradient in found.items() if gradient is None]
+    if missing and not skip_unused:
+        raise ValueError(f"the objective does not depend on {missing}; leave them out")
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:
+    logits = objective.logits(model, turn)
+    if logits is None:
+        inputs = turn.inputs
+        return torch.zeros(()) if inputs is None else objective(model, inputs) * inputs.images
+    log_p = logits.double().log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1)
+    if objective.kind == "similarity":  # all ranks have the same rows
+        drawn = agree("what was drawn", drawn)
+    drawn = drawn.to(log_p.device)
+    return -log_p.gather(1, drawn).sum()
+
+
+def _rows(layer: nn.Module, values: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        values = values.movedim(1, -1)
+    return values.detach().reshape(-1, values.shape[-1]).double()

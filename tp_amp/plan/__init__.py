@@ -1,0 +1,6 @@
+"""What was decided, how is it carried out, and how is it kept?
+
+`pruning_plan` is the record of what stays, `json_records` its text. `ranking` makes a plan from
+scores and widths, `applying` carries one out, `cutting` is the one place that cuts, and `saving`
+and `loading` keep a pruned model in a folder and bring it back without tracing.
+"""

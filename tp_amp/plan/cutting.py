@@ -1,0 +1,227 @@
+"""The one place that cuts: for a while, to try a width, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+from torch_pruning.pruner import function
+
+from tp_amp.structure.attention.adapting import FORWARDS
+from tp_amp.structure.fused import FusedBlockPruner
+from tp_amp.structure.groups import make_group
+from tp_amp.structure.attention.heads import Attention, head_group
+from tp_amp.structure.mlps import MLP
+from tp_amp.structure.segments import outputs
+
+Site = MLP | Attention
+
+
+def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
+    """Make Torch-Pruning's group of some hidden channels of an MLP, or heads of an attention."""
+    if isinstance(site, Attention):
+        return head_group(graph, site, units)
+    return mlp_group(graph, site, units)
+
+
+def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
+    """Make Torch-Pruning's group of some hidden channels of an MLP.
+
+    It holds what `find_mlps` has checked, so it is right where TP's own index mapping is not
+    (packed gated MLPs, rotary embeddings), and no walk over the graph is needed. The root is the
+    first `up` as in TP, or `down` where several rows of `up` make one channel.
+    """
+    rows = list(channels)
+    for part in range(1, mlp.packed):
+        rows += [j + part * mlp.width for j in channels]
+    layers = [(name, "prune_out_channels", rows) for name in mlp.up]
+    layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
+    read = [mlp.first + j for j in channels] if mlp.first else list(channels)
+    down = (mlp.down, "prune_in_channels", read)
+    layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
+    handlers = []
+    for name, side, indices in layers:
+        pruner = graph.get_pruner_of_module(graph.model.get_submodule(name))
+        handlers.append((name, getattr(pruner, side), indices))
+    if mlp.fused:
+        handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
+    return make_group(graph, handlers, list(channels))
+
+
+def check_fits(model: nn.Module, site: Site) -> None:
+    """Check that a model has the dense layers that a site names.
+
+    Raises:
+        ValueError: one is missing or of another width.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    other = "build the same dense model, or the plan is damaged"
+    names = [site.down, *site.up, *site.inner]
+    missing = [name for name in (*names, site.name) if name not in layers]
+    if missing:
+        raise ValueError(f"{type(model).__name__} has no layer {missing[0]}; {other}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{site.down} is cut with {names[1:]}, a layer of them twice; {other}")
+    found = _size(layers[site.down], "weight", 1)
+    expected = site.width * site.unit_width + site.first
+    if found != expected:
+        raise ValueError(
+            f"{site.down} has {found} input channels, the saved model had {expected} before it was "
+            f"pruned; {other}"
+        )
+    fits = _mlp_fits(layers, site) if isinstance(site, MLP) else _attention_fits(layers, site)
+    if not (fits and site.up):
+        raise ValueError(
+            f"{site.down} reads {expected} channels, other than {names[1:]} have; {other}"
+        )
+
+
+def _mlp_fits(layers: dict[str, nn.Module], mlp: MLP) -> bool:
+    ups = [outputs(layers[name]) for name in mlp.up]
+    if mlp.fused:
+        ups = [int(getattr(layers[mlp.name], "in_split", [0])[0])]
+    inner = [mlp.packed * outputs(layers[name]) for name in mlp.inner]
+    return {*ups, *inner} == {mlp.packed * mlp.width}
+
+
+def _attention_fits(layers: dict[str, nn.Module], attention: Attention) -> bool:
+    linears = [layer for name in attention.up if isinstance(layer := layers[name], nn.Linear)]
+    parts = [(linear.out_features, attention.head_width) for linear in linears]
+    for tensor in attention.tensors:
+        holder, _, leaf = tensor.path.rpartition(".")
+        parts.append((_size(layers.get(holder), leaf, tensor.dim), tensor.block))
+    prefix = f"{attention.name}." if attention.name else ""
+    return (
+        attention.forward in FORWARDS
+        and all(f"{name}.".startswith(prefix) for name in (attention.down, *attention.up))
+        and all(
+            size > 0 and block > 0 and size % (attention.width * block) == 0
+            for size, block in parts
+        )
+    )
+
+
+def _size(module: nn.Module | None, name: str, dim: int) -> int:
+    """Size of a module's tensor in one dimension, 0 if it has none."""
+    values = getattr(module, name, None)
+    if not isinstance(values, Tensor) or not -values.dim() <= dim < values.dim():
+        return 0
+    return int(values.shape[dim])
+
+
+@contextmanager
+def undone_after_errors(model: nn.Module) -> Iterator[None]:
+    """Whatever stops what cuts a model for good, Ctrl-C too, the model has back what it held."""
+    saved = [
+        (m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        _restore(saved)
+        raise
+
+
+@contextmanager
+def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
+    """Let an MLP run with only the channels `keep`, or an attention with those heads, in the block.
+
+    Torch-Pruning cuts the layers; on exit they get back what they held: the same parameters with
+    their gradients, hooks and optimizer state, the same buffers, attributes and classes.
+
+    Raises:
+        ValueError: no head of an attention is kept.
+    """
+    group = _cutting_group(graph, site, _dropped(site, keep))
+    saved = _states(graph, site, group)
+    required = _required(saved)
+    try:
+        for item in group.items:
+            item.dep(item.idxs)
+        _require(required)
+        yield
+    finally:
+        _restore(saved)
+
+
+def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
+    """Yield the Torch-Pruning group that cuts an MLP or attention down to `keep`, if anything goes.
+
+    Whoever takes the group prunes it; asked for the next one, `requires_grad` of the cut
+    parameters is put right, which Torch-Pruning sets to True.
+
+    Raises:
+        ValueError: no head of an attention is kept.
+    """
+    drop = _dropped(site, keep)
+    if not drop:
+        return
+    group = _cutting_group(graph, site, drop)
+    required = _required(_states(graph, site, group))
+    yield group
+    _require(required)
+
+
+def _cutting_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
+    group = site_group(graph, site, units)
+    for item in group.items:
+        if item.dep.handler == function.prune_layernorm_out_channels:
+            item.dep.handler = _LayerNormPruner().prune_out_channels
+    return group
+
+
+class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
+    """Cuts in order; Torch-Pruning 1.6.1 leaves the kept channels in the order of a set."""
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+        keep = sorted(set(range(layer.normalized_shape[-1])) - set(idxs))
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            layer._parameters[name] = self._prune_parameter_and_grad(parameter, keep, -1)
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(keep))
+        return layer
+
+
+def _dropped(site: Site, keep: Sequence[int]) -> list[int]:
+    if isinstance(site, Attention) and not set(keep) & set(range(site.width)):
+        raise ValueError(
+            f"{site.name} must keep at least one of its {site.width} heads, found keep={list(keep)}"
+        )
+    return sorted(set(range(site.width)) - set(keep))
+
+
+_State = tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def _states(graph: Any, site: Site, group: Group) -> list[_State]:
+    """All that a cut may change: of an attention, everything it holds."""
+    modules = [item.dep.target.module for item in group.items]
+    if isinstance(site, Attention):
+        modules = list(graph.model.get_submodule(site.name).modules())
+    return [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+
+
+def _restore(states: list[_State]) -> None:
+    for module, own, attributes, parameters, buffers in states:
+        module.__class__ = own
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        for held, saved in ((module._parameters, parameters), (module._buffers, buffers)):
+            held.clear()
+            held.update(saved)
+
+
+def _required(states: list[_State]) -> list[tuple[nn.Module, str, bool]]:
+    return [
+        (module, name, parameter.requires_grad)
+        for module, _, _, parameters, _ in states
+        for name, parameter in parameters.items()
+        if parameter is not None
+    ]
+
+
+def _require(required: list[tuple[nn.Module, str, bool]]) -> None:
+    for module, name, flag in required:
+        module._parameters[name].requires_grad_(flag)  # type: ignore[union-attr]

@@ -1,0 +1,229 @@
+"""Context managers that give everything back: flags, hooks, random state."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tp_amp.structure.attention.adapting import exposing
+
+if TYPE_CHECKING:
+    from tp_amp.running.batches import Inputs
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
+    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore.
+
+    What modules cache in dicts of theirs (LeViT its attention biases, with their graph) is dropped.
+    """
+    caches = [
+        (module, name, value, dict(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        for parameter in required:
+            # Integer parameters (quantised weights) can't require a gradient.
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(trainable)
+        yield
+    finally:
+        for module, name, cache, content in caches:
+            cache.clear()
+            cache.update(content)
+            setattr(module, name, cache)
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Run in eval mode, frozen and seeded, with every output projection called as a module."""
+    check_not_compiled(model)
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+    ):
+        yield
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """Take from the model's attributes what tensors a forward pass has put there."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, known in before:
+            for name, value in list(attributes.items()):
+                if not isinstance(value, Tensor) or value is known.get(name):
+                    continue
+                if name in known:
+                    attributes[name] = known[name]
+                else:
+                    del attributes[name]
+
+
+@contextmanager
+def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Let the model's tensors be shapes without values, so that a forward pass costs nothing.
+
+    Yields:
+        The real parameter behind each stand-in. On exit every module has back what it held,
+        and nothing that it made meanwhile.
+    """
+    held: list[dict[str, Any]] = [
+        content
+        for module in model.modules()
+        for content in (vars(module), module._parameters, module._buffers)
+    ]
+    saved = [dict(content) for content in held]
+    stand_ins: dict[Any, Any] = {}
+
+    def stand_in(tensor: Tensor) -> Any:
+        if tensor not in stand_ins:
+            shape = torch.empty_like(tensor.detach(), device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            stand_ins[tensor] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
+        return stand_ins[tensor]
+
+    try:
+        for content in held:
+            content |= {k: stand_in(v) for k, v in content.items() if isinstance(v, Tensor)}
+        yield {new: old for old, new in stand_ins.items() if isinstance(old, nn.Parameter)}
+    finally:
+        for content, original in zip(held, saved, strict=True):
+            content.clear()
+            content.update(original)
+
+
+def shapes_first(
+    model: nn.Module, inputs: Inputs, run: Callable[[Inputs, Mapping[Any, Any]], T]
+) -> T:
+    """Run something that needs no values on the meta device, or as it is where that fails.
+
+    Args:
+        model: what is run.
+        inputs: example inputs.
+        run: takes the inputs and the real parameter behind each stand-in.
+    """
+    try:
+        with on_meta(model) as real:
+            return run(inputs.to("meta"), real)
+    except Exception as error:
+        logger.debug("the model fails on the meta device: %s", error)
+    with forgetting(model):
+        return run(inputs, {})
+
+
+@contextmanager
+def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove all hook handles on exit."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Give a module a forward pass made from its own; no hook, which may switch fast paths off."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = make(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generators that loaders draw from, and restore them on exit.
+
+    A shuffling loader then gives the same batches in the same order each time.
+    """
+    state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        numpy.random.set_state(state[2])
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when a parameter or buffer is replaced (pruning) or changed (training).
+
+    A change through `.data` leaves no trace but in the values, of which a few of each tensor are
+    looked at: training changes them all.
+    """
+    return tuple(
+        (id(tensor), tensor._version, tensor.shape, some_values(tensor.detach()))
+        for tensor in tensors
+    )
+
+
+def some_values(tensor: Tensor) -> bytes:
+    """A few values of a tensor, to know it again."""
+    if tensor.is_meta:
+        return b""
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
+    few = flat[:: max(1, len(flat) // 16)]
+    return bytes(few.to("cpu", torch.float32).numpy().tobytes())
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"parameter {name} holds NaN or infinite values; load sound weights before pruning"
+            )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise ValueError if torch.compile runs the model: its graphs know no layers, nor hooks."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by torch.compile; pass model._orig_mod, and "
+                "compile what is pruned"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or 'the model'} was compiled in place; prune a model that is not, and "
+                "call compile() afterwards"
+            )

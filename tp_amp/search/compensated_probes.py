@@ -1,0 +1,93 @@
+"""Compensation inside the search: a cut layer is corrected before it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_amp.running.restoring import observing
+from tp_amp.running.batches import stream
+from tp_amp.compensation.closed_form import Correction, Moments
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.running.distributed import merged
+from tp_amp.structure.attention.heads import Attention
+from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_weights
+from tp_amp.importance.sensitivity import repeated
+from tp_amp.running.watching import watch
+
+
+class Compensator:
+    """Corrects a cut layer before the search judges it, on the prefix as it is: dense.
+
+    The moments of a layer's input are collected once; every width is solved from them. Where a
+    norm stands before the layer, or where heads are cut, they are collected for each width.
+
+    Args:
+        graph: the `tp.DependencyGraph`.
+        batches: unlabelled images.
+        recipe: how to compensate.
+        layers: module paths of the layers to correct.
+    """
+
+    def __init__(
+        self, graph: Any, batches: Iterable[Any], recipe: Recipe, layers: Sequence[str] = ()
+    ) -> None:
+        self.graph, self.batches, self.recipe = graph, batches, recipe
+        self.places: dict[str, Tensor] = {}
+        if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
+            inputs = list(stream(batches, graph.model, description="reading", progress=False))
+            self.places = place_weights(recipe, graph.model, layers, inputs)
+        self._moments: tuple[str, Moments] | None = None
+        self._targets: tuple[str, list[Tensor]] | None = None
+
+    def most_bytes(self, sites: Iterable[Site]) -> int:
+        """What the second moments of the widest layer take, in float64."""
+        if self.recipe.method == "none":
+            return 0
+        return 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
+
+    def correction(self, site: Site, kept: list[int]) -> Correction | None:
+        """The correction of a site's `down` once only `kept` channels or heads are left."""
+        if len(kept) == site.width or self.recipe.method == "none":
+            return None
+        down: Any = self.graph.model.get_submodule(site.down)
+        if isinstance(site, Attention) or site.inner:
+            moments = self._measured(site, down, kept)
+        else:
+            weight = down.weight.detach().flatten(1)[:, site.first : site.first + site.width]
+            moments = self._hidden(site, down).after_cut(weight, kept)
+        bias = down.bias is not None or self.recipe.add_bias
+        return corrected(site.down, moments, self.recipe, bias)
+
+    def _hidden(self, site: Site, down: nn.Module) -> Moments:
+        if self._moments is None or self._moments[0] != site.down:
+            moments = Moments(site.down)
+            for (values, _), weights in self._calls(site, down):
+                hidden = values[:, site.first : site.first + site.width]
+                moments.add(hidden, hidden[:, :0], weights)
+            self._moments = site.down, merged(f"the moments of {site.down}", moments)
+        return self._moments[1]
+
+    def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
+        if self._targets is None or self._targets[0] != site.down:
+            self._targets = site.down, [output for (_, output), _ in self._calls(site, down)]
+        moments = Moments(site.down)
+        with narrowed(self.graph, site, kept):
+            calls = self._calls(site, down)
+            for target, ((hidden, output), weights) in zip(self._targets[1], calls, strict=True):
+                moments.add(hidden, target - output, weights)
+        return merged(f"the moments of {site.down}", moments)
+
+    def _calls(
+        self, site: Site, down: nn.Module
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
+        """What `down` reads and gives on each batch, and the weights of the tokens."""
+        model: nn.Module = self.graph.model
+        with observing(model, gradients=False):
+            for batch in stream(self.batches, model, description="moments", progress=False):
+                call, _ = watch(model, model, site.down, batch, stop=True)
+                given = given_weights(self.recipe, batch)
+                places = repeated(self.places.get(site.down), len(call[0]))
+                yield call, places if given is None else given

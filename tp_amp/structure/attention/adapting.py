@@ -1,0 +1,96 @@
+"""Let an attention module run another forward pass: by its class, so that all else stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tp_amp.structure.attention.head_forward import HeadForward
+from tp_amp.structure.attention.multihead_forward import MultiheadForward
+from tp_amp.structure.attention.window_forward import ShiftedWindowForward
+
+_FAST = "_qkv_same_embed_dim"
+_SWIN = "torchvision.models.swin_transformer"
+
+FORWARDS: dict[str, type[nn.Module]] = {
+    "own": HeadForward,
+    "narrow": HeadForward,
+    "multihead": MultiheadForward,
+    "windows": ShiftedWindowForward,
+}
+
+
+def adapt(module: nn.Module, kind: str) -> None:
+    """Let a module run another forward pass, by its class; parameters and their names stay."""
+    if not isinstance(module, FORWARDS[kind]):
+        module.__class__ = _adapted(FORWARDS[kind], type(module))
+    if kind == "multihead":
+        # nn.TransformerEncoderLayer goes round the module's forward otherwise.
+        module.__dict__[_FAST] = False
+
+
+@contextmanager
+def exposing(model: nn.Module) -> Iterator[None]:
+    """Let every attention call its output projection as a module, so that hooks see the heads.
+
+    `nn.MultiheadAttention` and torchvision's Swin read the projection's weight only. Values stay
+    the same but for rounding. `nn.MultiheadAttention` with `add_bias_kv` or `add_zero_attn`, and
+    subclasses with a forward pass of their own, are left alone.
+
+    Args:
+        model: any model; it is given back as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> attention, x = nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8)
+        >>> handle = attention.out_proj.register_forward_hook(lambda m, a, o: print(a[0].shape))
+        >>> with exposing(attention):
+        ...     output = attention(x, x, x)
+        torch.Size([1, 3, 8])
+    """
+    found = [(module, kind) for module in model.modules() if (kind := stand_in(module))]
+    saved = [(module, type(module), vars(module).get(_FAST)) for module, _ in found]
+    try:
+        for module, kind in found:
+            adapt(module, kind)
+        yield
+    finally:
+        for module, own, fast in saved:
+            module.__class__ = own
+            if fast is not None:
+                module.__dict__[_FAST] = fast
+
+
+def stand_in(module: nn.Module) -> str | None:
+    """Which forward pass stands in for that of a module that never calls its projection."""
+    forward = type(module).forward
+    if forward is nn.MultiheadAttention.forward:
+        plain = module.bias_k is None and not module.add_zero_attn
+        return "multihead" if plain else None
+    windows = hasattr(module, "get_relative_position_bias")
+    return "windows" if windows and forward.__module__ == _SWIN else None
+
+
+_CLASSES: dict[Any, Any] = {}
+
+
+def _adapted(forward: Any, own: Any) -> Any:
+    """The class that runs another forward pass, the same one for each pair of classes."""
+    if (forward, own) not in _CLASSES:
+
+        def reduce(self: nn.Module, protocol: Any) -> Any:
+            return _blank, (forward, own), self.__dict__
+
+        # No import path leads to this class, so that copies and pickles must make it again.
+        _CLASSES[forward, own] = type(own.__name__, (forward, own), {"__reduce_ex__": reduce})
+    return _CLASSES[forward, own]
+
+
+def _blank(forward: type[nn.Module], own: type[nn.Module]) -> nn.Module:
+    made = _adapted(forward, own)
+    blank: nn.Module = made.__new__(made)
+    return blank

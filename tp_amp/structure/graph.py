@@ -1,0 +1,274 @@
+"""Torch-Pruning's dependency graph of a model, built so that nothing is left behind."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning.pruner import function
+
+from tp_amp.running.restoring import check_not_compiled, evaluating, forgetting, hooks, shapes_first
+from tp_amp.running.batches import Inputs, example, runner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Call:
+    """The last call of a layer in a forward pass with autograd."""
+
+    order: int
+    input: Tensor
+    output: Tensor
+
+
+@dataclass
+class TracedGraph:
+    """A dependency graph, and how its layers were called in one forward pass.
+
+    Attributes:
+        calls: the call of every module with parameters of its own.
+        reads_images: whether a module's input depends on the images (a table of positions does
+            not); None where the inputs can't tell, such as token numbers.
+        graph: the `tp.DependencyGraph`.
+        values: runs the model for calls with values, if it was traced without any.
+    """
+
+    calls: dict[nn.Module, Call]
+    reads_images: dict[nn.Module, bool] | None
+    graph: Any
+    values: Callable[[], dict[nn.Module, Call]] | None = None
+
+    def with_values(self) -> dict[nn.Module, Call]:
+        """The calls with values, where the model has any; they are recorded once."""
+        if self.values is not None:
+            self.calls, self.values = self.values(), None
+        return self.calls
+
+
+class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
+    """A graph that survives where Torch-Pruning can't infer shapes or map indices.
+
+    Layers and their couplings are there by then, and that is all that MLPs need.
+    """
+
+    def build_dependency(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        forward_fn: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Build the graph as TP does; its hooks are taken off the model whatever happens."""
+        before = {module: set(module._forward_hooks) for module in model.modules()}
+        try:
+            # TP's own call takes Ctrl-C for a failure, and calls the model in another way.
+            return super().build_dependency(model, example_inputs, forward_fn or _call, **kwargs)
+        except (IndexError, TypeError, ZeroDivisionError) as error:
+            if not getattr(self, "module2node", None):
+                raise
+            logger.info("Torch-Pruning maps no indices on this model (%r); MLPs need none", error)
+            return self
+        finally:
+            for module, known in before.items():
+                for key in set(module._forward_hooks) - known:
+                    del module._forward_hooks[key]
+
+
+def _call(model: nn.Module, example_inputs: Any) -> Any:
+    return example(example_inputs).call(model)
+
+
+class LayerGraph(TolerantGraph):
+    """A graph of layers and operations alone: groups are made by hand from what is found in it."""
+
+    def _build_dependency(self, module2node: Any) -> None:
+        """Leave out Torch-Pruning's couplings, which take half of the time."""
+
+
+class PerChannelPruner(function.BasePruningFunc):  # type: ignore[misc]
+    """Cuts a module whose parameters and buffers have one entry for each channel.
+
+    RMS norms and global response norms, say, of which Torch-Pruning sees the parameters alone.
+    """
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Drop channels `idxs` from every parameter, buffer and attribute that counts them."""
+        channels = channels_of(layer)
+        keep = sorted(set(range(channels)) - set(idxs))
+        for name, parameter in layer.named_parameters(recurse=False):
+            dim = list(parameter.shape).index(channels)
+            layer._parameters[name] = self._prune_parameter_and_grad(parameter, keep, dim)
+        for name, value in list(vars(layer).items()):
+            if value == channels and type(value) is int:
+                setattr(layer, name, len(keep))
+            elif isinstance(value, tuple) and tuple(value) == (channels,):
+                setattr(layer, name, (len(keep),))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """Count the channels."""
+        return channels_of(layer)
+
+    get_in_channels = get_out_channels
+
+
+def channels_of(module: nn.Module) -> int:
+    """Count the channels of a module that has one parameter entry for each; 0 if it hasn't."""
+    if next(module.children(), None) is not None or list(module.buffers(recurse=False)):
+        return 0
+    parameters = list(module.parameters(recurse=False))
+    sizes = {parameter.numel() for parameter in parameters}
+    one = all(p.numel() == max(p.shape, default=0) for p in parameters)
+    return sizes.pop() if one and len(sizes) == 1 else 0
+
+
+def per_channel_pruners(model: nn.Module) -> dict[type[nn.Module], PerChannelPruner]:
+    """One pruner for each class of per-channel module that Torch-Pruning does not know."""
+    found = {}
+    for module in model.modules():
+        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and channels_of(module) > 1:
+            found[type(module)] = PerChannelPruner()
+    return found
+
+
+def build_graph(
+    model: nn.Module,
+    example_inputs: Any,
+    build: Callable[..., Any] | None = None,
+    forward_fn: Callable[..., Any] | None = None,
+    on_meta_device: bool = True,
+) -> TracedGraph:
+    """Trace `model` and build its dependency graph, leaving the model as it was.
+
+    The model is traced on the meta device, where that costs next to nothing; models that fail
+    there are traced with their values.
+
+    Args:
+        model: the model.
+        example_inputs: as for `find_mlps`.
+        build: called with the example inputs in the form Torch-Pruning takes them and with
+            `customized_pruners`, while every parameter requires a gradient; returns the graph.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        on_meta_device: whether to try that first.
+
+    Raises:
+        ValueError: the model fails on `example_inputs`, or is compiled.
+    """
+    check_not_compiled(model)
+    if build is None:
+        build = partial(LayerGraph().build_dependency, model, verbose=False)
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        # The residual stream is never pruned here, so parameters outside modules don't matter.
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        warnings.filterwarnings("ignore", message="Maximum recursive depth reached")
+        inputs = example(example_inputs)
+        trace = partial(_trace, model, build=build, forward_fn=forward_fn)
+        traced = shapes_first(model, inputs, trace) if on_meta_device else trace(inputs, {})
+    shapes_alone = any(call.input.is_meta for call in traced.calls.values())
+    if shapes_alone and not _has_no_values(model):
+        traced.values = partial(_record_values, model, inputs, forward_fn)
+    return traced
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Inputs,
+    real: Mapping[Any, Any],
+    build: Callable[..., Any],
+    forward_fn: Callable[..., Any] | None,
+) -> TracedGraph:
+    run = runner(model, forward_fn)
+    calls: dict[nn.Module, Call] = {}
+
+    def recorded(*_: Any, **__: Any) -> None:
+        calls.update(_record_calls(model, inputs, run))
+
+    # Without values no gradients are taken through the calls, so one pass records all.
+    once = _has_no_values(model)
+    with evaluating(model, trainable=False):
+        reads_images = _record_readers(model, inputs, recorded if once else run)
+    with evaluating(model, trainable=True):
+        # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
+        if not once:
+            recorded()
+        # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
+        raw = inputs.kwargs or inputs.args
+        graph = build(raw, customized_pruners=per_channel_pruners(model))
+    _give_parameters_back(graph, real)
+    return TracedGraph(calls, reads_images, graph)
+
+
+def _record_values(
+    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+) -> dict[nn.Module, Call]:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model, trainable=True),
+        forgetting(model),
+    ):
+        return _record_calls(model, inputs, runner(model, forward_fn))
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _give_parameters_back(graph: Any, real: Mapping[Any, Any]) -> None:
+    """Put the real parameters where Torch-Pruning keeps those that belong to no layer."""
+    graph._param_to_name = {real.get(p, p): name for p, name in graph._param_to_name.items()}
+    graph.unwrapped_parameters = [
+        entry._replace(parameters=real.get(entry.parameters, entry.parameters))
+        for entry in graph.unwrapped_parameters
+    ]
+    for node in graph.module2node.values():
+        node.module = real.get(node.module, node.module)
+    graph.module2node = {node.module: node for node in graph.module2node.values()}
+
+
+def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, Call]:
+    calls: dict[nn.Module, Call] = {}
+    order = itertools.count()
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(output, Tensor) and isinstance(args[0], Tensor):
+            calls[module] = Call(next(order), args[0], output)
+
+    leaves = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    with hooks(module.register_forward_hook(record) for module in leaves):
+        inputs.call(run)
+    return calls
+
+
+def _record_readers(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module, bool] | None:
+    """With frozen parameters, what requires a gradient depends on the inputs."""
+    floating = [t for t in inputs.tensors() if t.is_floating_point()]
+    required = [tensor.requires_grad for tensor in floating]
+    reads: dict[nn.Module, bool] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            reads[module] = reads.get(module, False) or args[0].requires_grad
+
+    readers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    try:
+        for tensor in floating:
+            tensor.requires_grad_(True)
+        with hooks(module.register_forward_pre_hook(record) for module in readers):
+            inputs.call(run)
+    finally:
+        for tensor, flag in zip(floating, required, strict=True):
+            tensor.requires_grad_(flag)
+    return reads if len(floating) == len(inputs.tensors()) else None
