@@ -16,11 +16,11 @@ from reference import accuracy
 from torch import Tensor, nn
 
 import tp_amp
+from tp_amp.importance.readiness import forget
 from tp_amp.plan.cutting import narrowed
+from tp_amp.plan.pruning_plan import rank_channels
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import read_mlps
-from tp_amp.plan.pruning_plan import rank_channels
-from tp_amp.importance.readiness import forget
 
 
 class Bench:

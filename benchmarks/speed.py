@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 import tp_amp
 from tp_amp.compensation.closed_form import Moments, correct
+from tp_amp.compensation.recipe import Recipe
+from tp_amp.compensation.walk import fit
+from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.plan.cutting import mlp_group, narrowed
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import read_mlps
-from tp_amp.importance.objectives import Objective, mean_objective
-from tp_amp.compensation.recipe import Recipe
-from tp_amp.compensation.walk import fit
 
 BOUND = 2.5  # scoring may take this many times as long as the plain forward pass
 # Model -> pixels of an image's side, images in a batch, batches.

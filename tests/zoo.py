@@ -209,3 +209,11 @@ def hugging_face_models() -> dict[str, Entry]:
         "hf_clip": entry("CLIPVision", "Model", 2, **mlp),
         "hf_siglip": entry("SiglipVision", "Model", 3, **mlp),
     }
+
+
+def by_name(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model of the zoo and inputs for it."""
+    if name in TIMM:
+        return TIMM[name][0](), TIMM[name][1]
+    make, inputs, _ = {**open_clip_models(), **hugging_face_models()}[name]
+    return make(), inputs

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_attention import prune, random_keep, zeroed
-from test_zoo import GROUPS, MIXING, check, run
+from head_cuts import prune, random_keep, zeroed
 from torch import nn
 from toys import perturbed, relative
 from tqdm import tqdm
 from zoo import TIMM
+from zoo_checks import GROUPS, MIXING, check, run
 
 from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.structure.graph import build_graph

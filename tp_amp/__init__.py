@@ -5,41 +5,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tp_amp.budget.allocation import plan_for_target as plan_for_target
-    from tp_amp.structure.attention.finding import find_attentions as find_attentions
-    from tp_amp.running.batches import split_batches as split_batches
-    from tp_amp.evaluation.comparing import compare as compare
-    from tp_amp.reports.comparison import Comparison as Comparison
-    from tp_amp.importance.dimap import DIMAPImportance as DIMAPImportance
-    from tp_amp.importance.dimap import dimap_masks as dimap_masks
-    from tp_amp.importance.dimap import dimap_scopes as dimap_scopes
-    from tp_amp.importance.dimap import dimap_sparsify as dimap_sparsify
+    from tp_amp.budget.mlp_widths import mlp_ratio_widths as mlp_ratio_widths
+    from tp_amp.budget.mlp_widths import pruning_ratio_dict as pruning_ratio_dict
+    from tp_amp.compensation.cut_and_compensate import compensate as compensate
+    from tp_amp.compensation.recipe import Recipe as Recipe
     from tp_amp.distillation.distilling import distill as distill
-    from tp_amp.running.timing import Estimate as Estimate
-    from tp_amp.importance.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
-    from tp_amp.importance.gram_schmidt import gram_schmidt_order as gram_schmidt_order
-    from tp_amp.structure.attention.heads import Attention as Attention
-    from tp_amp.importance.entropy_taylor import EntropyTaylorImportance as EntropyTaylorImportance
+    from tp_amp.evaluation.comparing import compare as compare
     from tp_amp.evaluation.inspection import Inspection as Inspection
     from tp_amp.evaluation.inspection import inspect as inspect
     from tp_amp.evaluation.measuring import Measurement as Measurement
     from tp_amp.evaluation.measuring import measure as measure
     from tp_amp.evaluation.measuring import measure_both as measure_both
-    from tp_amp.structure.mlps import MLP as MLP
-    from tp_amp.structure.mlps import find_mlps as find_mlps
+    from tp_amp.importance.dimap import DIMAPImportance as DIMAPImportance
+    from tp_amp.importance.dimap import dimap_masks as dimap_masks
+    from tp_amp.importance.dimap import dimap_scopes as dimap_scopes
+    from tp_amp.importance.dimap import dimap_sparsify as dimap_sparsify
+    from tp_amp.importance.entropy_taylor import EntropyTaylorImportance as EntropyTaylorImportance
+    from tp_amp.importance.gram_schmidt import GramSchmidtImportance as GramSchmidtImportance
+    from tp_amp.importance.gram_schmidt import gram_schmidt_order as gram_schmidt_order
+    from tp_amp.importance.reconstruction import (
+        ReconstructionImportance as ReconstructionImportance,
+    )
+    from tp_amp.importance.reconstruction import reconstruction_order as reconstruction_order
     from tp_amp.plan.pruning_plan import PruningPlan as PruningPlan
     from tp_amp.plan.pruning_plan import apply_plan as apply_plan
     from tp_amp.plan.pruning_plan import plan_from_importance as plan_from_importance
-    from tp_amp.search.adaptive_pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
-    from tp_amp.compensation.cut_and_compensate import compensate as compensate
-    from tp_amp.compensation.recipe import Recipe as Recipe
-    from tp_amp.importance.reconstruction import ReconstructionImportance as ReconstructionImportance
-    from tp_amp.importance.reconstruction import reconstruction_order as reconstruction_order
-    from tp_amp.reports.report import Report as Report
     from tp_amp.plan.saving import create_model as create_model
     from tp_amp.plan.saving import load_pruned as load_pruned
     from tp_amp.plan.saving import save_pruned as save_pruned
-    from tp_amp.budget.mlp_widths import mlp_ratio_widths as mlp_ratio_widths
-    from tp_amp.budget.mlp_widths import pruning_ratio_dict as pruning_ratio_dict
+    from tp_amp.reports.comparison import Comparison as Comparison
+    from tp_amp.reports.report import Report as Report
+    from tp_amp.running.batches import split_batches as split_batches
+    from tp_amp.running.timing import Estimate as Estimate
+    from tp_amp.search.adaptive_pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
+    from tp_amp.structure.attention.finding import find_attentions as find_attentions
+    from tp_amp.structure.attention.heads import Attention as Attention
+    from tp_amp.structure.mlps import MLP as MLP
+    from tp_amp.structure.mlps import find_mlps as find_mlps
 
 __version__ = "0.1.0"
 

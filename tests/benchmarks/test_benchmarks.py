@@ -1,5 +1,4 @@
 import copy
-import io
 import json
 import sys
 
@@ -12,8 +11,6 @@ import dimap
 import distill
 import importances
 import measuring
-import pyarrow
-import pyarrow.parquet
 import pytest
 import reference
 import removing
@@ -22,6 +19,7 @@ import torch
 import train_reference
 from packaging.version import Version
 from PIL import Image
+from random_data import png, random_images, random_labels, random_reference, write_parquet
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,19 +36,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(folder, split, images, labels):
-    folder.mkdir(exist_ok=True)
-    rows = [{"bytes": png(image), "path": None} for image in images]
-    table = pyarrow.table({"img": rows, "label": labels.tolist()})
-    pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
-
-
 def write_folders(folder, split, images, labels):
     for label in range(cifar.CLASSES):
         (folder / split / str(label)).mkdir(parents=True)
@@ -59,27 +44,6 @@ def write_folders(folder, split, images, labels):
 
 
 WRITERS = {"parquet": write_parquet, "folders": write_folders}
-
-
-def random_images(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(256, (count, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    return blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
-
-
-def random_labels(count, seed):
-    return torch.randint(10, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def random_reference(name):
-    """A reference model whose classes depend on the image and on every MLP."""
-    torch.manual_seed(0)
-    model = reference.build_reference(name).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "mlp" in parameter_name or "head" in parameter_name:
-                parameter.normal_(std=0.05)
-    return model
 
 
 def masked_predictions(model, images):

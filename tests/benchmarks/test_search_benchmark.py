@@ -6,7 +6,7 @@ import pytest
 import reference
 import search
 import torch
-from test_benchmarks import random_images, random_labels, random_reference, write_parquet
+from random_data import random_images, random_labels, random_reference, write_parquet
 
 
 def test_steps_off():

@@ -9,9 +9,9 @@ from toys import images
 from zoo import SWIN_HEADS
 
 import tp_amp
-from tp_amp.structure.attention.finding import find_attentions
-from tp_amp.running.batches import example
 from tp_amp.budget.budget import Budget
+from tp_amp.running.batches import example
+from tp_amp.structure.attention.finding import find_attentions
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import read_mlps
 

@@ -14,10 +14,10 @@ from toys import fingerprint, images, toy
 from zoo import SWIN_HEADS
 
 import tp_amp
-from tp_amp.structure.attention.finding import find_attentions
-from tp_amp.running.batches import example
 from tp_amp.budget.budget import Budget
 from tp_amp.plan.cutting import Site
+from tp_amp.running.batches import example
+from tp_amp.structure.attention.finding import find_attentions
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import read_mlps
 
@@ -30,7 +30,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Let a forward pass take the milliseconds that a function of the model gives."""
 
     def set_to(milliseconds: Callable[[nn.Module], float]) -> None:
-        monkeypatch.setattr("tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000)
+        monkeypatch.setattr(
+            "tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000
+        )
 
     return set_to
 

@@ -20,10 +20,10 @@ from toys import perturbed
 
 import tp_amp
 import tp_amp.evaluation.fidelity
-from tp_amp.distillation.distilling import run as distillation_run
 from tp_amp.cli.main import main
 from tp_amp.data.images import open_images
 from tp_amp.data.sources import load_teacher
+from tp_amp.distillation import run as distillation_run
 
 SMALL = ("img_size=32", "embed_dim=24", "depth=2", "num_heads=2", "num_classes=4")
 ARGUMENTS = {name: int(value) for name, value in (text.split("=") for text in SMALL)}
@@ -112,7 +112,7 @@ def test_the_agreement_is_that_of_images_that_did_not_train(
 
     judged: list[torch.Tensor] = []
     metric = "tp_amp.cli.distill_command.default_metric"
-    default = tp_amp.fidelity.default_metric
+    default = tp_amp.evaluation.fidelity.default_metric
     monkeypatch.setattr(distillation_run.Run, "_step", seen)
     monkeypatch.setattr(
         metric,

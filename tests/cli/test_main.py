@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import tp_amp
-from tp_amp.data import sources
 from tp_amp.cli.main import main
-from tp_amp.data.images import open_images
 from tp_amp.cli.pruning import composed
+from tp_amp.data import sources
+from tp_amp.data.images import open_images
 
 SMALL = ("img_size=32", "embed_dim=24", "depth=2", "num_heads=2", "num_classes=4")
 MODEL = ("timm:vit_tiny_patch16_224", "--model-args", *SMALL)
@@ -211,7 +211,9 @@ def test_latency_is_a_size_too(
     def milliseconds(model: Any) -> float:
         return 1.0 + sum(model.get_submodule(name).in_features for name in DOWNS) / 100
 
-    monkeypatch.setattr("tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000)
+    monkeypatch.setattr(
+        "tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000
+    )
     assert main([*PRUNE, "--target", "latency=0.7", *further]) == 0
     assert re.search(
         r"latency of one image: \d+\.\d+ ms -> \d+\.\d+ ms \(", capsys.readouterr().out
@@ -307,7 +309,7 @@ def test_a_saved_model_keeps_its_precision(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.slow
 def test_the_walk_through_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     [block] = re.findall(r"<!-- cli -->\n```\n(.*?)```\n<!-- cli -->", readme, re.S)
     commands = block.replace("\\\n", "").splitlines()
     assert len(commands) == 5

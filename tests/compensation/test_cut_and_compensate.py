@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_zoo import run
 from torch import Tensor, nn
 from toys import PlainMLP, fingerprint, images, perturbed, relative, toy
 from zoo import TIMM, open_clip_models
+from zoo_checks import run
 
 import tp_amp
-from tp_amp.compensation.closed_form import walk as refit
-from tp_amp.running.batches import prepare
-from tp_amp.structure.chain import Step
+from tp_amp.compensation import walk as refit
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
+from tp_amp.running.batches import prepare
+from tp_amp.structure.chain import Step
 
 DOWN = "blocks.0.mlp.second", "blocks.1.mlp.second"
 Keep = dict[str, list[int]]

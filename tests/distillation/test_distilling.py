@@ -547,7 +547,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from test_distillation import pair
+from test_distilling import pair
 from toys import images
 from torch.utils.data import DataLoader, TensorDataset
 

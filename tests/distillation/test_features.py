@@ -9,8 +9,8 @@ from packaging.version import Version
 from torch import nn
 from toys import images, toy
 
-from tp_amp.running.batches import Inputs
 from tp_amp.distillation.features import Features, losses, read_features
+from tp_amp.running.batches import Inputs
 
 SIZE = {"img_size": 32, "num_classes": 3}
 

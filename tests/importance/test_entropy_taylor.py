@@ -4,20 +4,12 @@ import math
 import pytest
 import torch
 import torch_pruning as tp
+from entropies import entropy_of
 from torch import Tensor, nn
 from toys import ToyViT, fingerprint, images, relative, toy
 
 import tp_amp
 from tp_amp import EntropyTaylorImportance
-
-
-def entropy_of(objective: str, output: Tensor, temperature: float = 1 / 15) -> Tensor:
-    """The two objectives, written again from their definitions."""
-    if objective == "similarity":
-        unit = output / output.norm(dim=1, keepdim=True)
-        output = unit @ unit.T / temperature
-    p = output.softmax(1)
-    return torch.stack([-(row * row.log()).sum() for row in p]).mean()
 
 
 def slow_scores(model: nn.Module, batch: Tensor, layer: str, objective: str) -> Tensor:
@@ -137,8 +129,8 @@ def mlp_groups(model: nn.Module, data: Tensor) -> dict[str, object]:
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2)])
 def test_fallback_identity_for_convolutions(layer: nn.Module) -> None:
     """The same identity holds for a convolution's input channels, grouped ones too."""
-    from tp_amp.structure.groups import GroupLayer
     from tp_amp.importance.entropy_taylor import _weight_times_gradient
+    from tp_amp.structure.groups import GroupLayer
 
     x = torch.randn(2, 4, 7, 7, requires_grad=True)
     layer.bias = None

@@ -18,10 +18,10 @@ from torch_pruning.pruner import function
 from toys import fingerprint, images, masked, relative, toy
 
 import tp_amp
-from tp_amp.importance.entropy_taylor import gram_schmidt
+from tp_amp.importance import gram_schmidt
 from tp_amp.structure.groups import GroupLayer, channel_weights, root_weights
 
-CHECKPOINTS = Path(__file__).parents[1] / "benchmarks" / "checkpoints"
+CHECKPOINTS = Path(__file__).parents[2] / "benchmarks" / "checkpoints"
 
 
 def random(rows: int, columns: int, seed: int = 0) -> Tensor:

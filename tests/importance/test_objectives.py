@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from toys import fingerprint, images, toy
 
-from tp_amp.running.batches import Inputs
 from tp_amp.importance.objectives import (
     Objective,
     ends_in_classifier,
@@ -19,6 +18,7 @@ from tp_amp.importance.objectives import (
     prediction_entropy,
     similarity_entropy,
 )
+from tp_amp.running.batches import Inputs
 
 
 def test_prediction_entropy_equals_scipy() -> None:

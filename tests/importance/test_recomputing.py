@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_prefix import zoo
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import fingerprint, images, toy
+from zoo import by_name
 
 import tp_amp
 from tp_amp import EntropyTaylorImportance, ReconstructionImportance
@@ -70,7 +70,7 @@ NAMES = ["vit", "swin", "beit", "eva02", "open_clip", "hf_vit", "hf_swin"]
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_the_same_bit_for_bit(name: str) -> None:
     torch.manual_seed(0)
-    model, example = zoo(name)
+    model, example = by_name(name)
     batches, before = batches_for(example), fingerprint(model.eval())
     found = [
         EntropyTaylorImportance(activation_checkpointing=again).collect(model, batches).scores
@@ -85,7 +85,7 @@ def test_scores_are_the_same_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit", "swin", "eva02", "open_clip", "hf_swin"])
 def test_reconstruction_is_the_same_bit_for_bit(name: str) -> None:
     torch.manual_seed(0)
-    model, example = zoo(name)
+    model, example = by_name(name)
     batches, downs = batches_for(example), []
     downs = [mlp.down for mlp in tp_amp.find_mlps(model, example)]
     orders, errors = [], []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import ToyViT, fingerprint, images, masked, relative, toy
 
 import tp_amp
-from tp_amp.importance.entropy_taylor import hidden_moments as hidden_module
+from tp_amp.importance import hidden_moments as hidden_module
 from tp_amp.importance.hidden_moments import hidden_moments
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from test_zoo import run
 from torch import nn
 from toys import fingerprint, images, perturbed, toy
 from zoo import SWIN_HEADS, TIMM, TINY, hugging_face_models, open_clip_models, torchvision_models
+from zoo_checks import run
 
 import tp_amp
 

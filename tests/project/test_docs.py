@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tp_amp
 
-ROOT = Path(__file__).parents[1]
-PAGES = ROOT / "tp_amp" / "docs"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs"
 
 
 def targets() -> set[str]:
@@ -42,5 +42,5 @@ def test_contributing_names_commands_and_files_that_exist() -> None:
     files = {word for word in re.findall(r"`([\w./]+)`", page) if "/" in word or ".md" in word}
     assert commands
     assert commands <= targets()
-    assert {"tests/zoo.py", "tests/test_importances.py"} <= files
+    assert {"tests/zoo.py", "tests/importance/test_importances.py"} <= files
     assert all((ROOT / file).exists() for file in files), files

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from test_zoo import run
 from torch import Tensor, nn
 from toys import images, perturbed, relative
 from zoo import TIMM, hugging_face_models, open_clip_models, timm_model, torchvision_models
+from zoo_checks import run
 
 import tp_amp
 from tp_amp.structure.attention import adapting as attention_adapt

@@ -44,7 +44,7 @@ def test_all_is_documented_with_an_example_that_can_be_copied() -> None:
 
 def test_oldest_releases_are_the_lower_bounds() -> None:
     """What `make oldest` installs is what pyproject.toml allows."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     project = (here.parent / "pyproject.toml").read_text()
     quoted = re.findall(r'"([\w-]+>=[^"]+)"', project)
     bounds = {
@@ -63,13 +63,13 @@ def test_oldest_releases_are_the_lower_bounds() -> None:
 
 def test_cases_are_counted() -> None:
     log = """
-tests/test_properties.py::test_search:
+tests/project/test_properties.py::test_search:
 
   - during generate phase (9.58 seconds):
     - 9 passing, 1 failing, and 3 invalid test cases
   - Stopped because nothing left to do
 
-tests/test_properties.py::test_search:
+tests/project/test_properties.py::test_search:
 
   - during generate phase (9.58 seconds):
     - 90 passing, 0 failing, and 3 invalid test cases

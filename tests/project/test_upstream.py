@@ -21,7 +21,7 @@ import torch
 from packaging.version import Version
 from toys import narrow_heads
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "upstream").glob("*.py"))
 NAMES = [script.stem for script in SCRIPTS]
 

@@ -2,107 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from toys import perturbed, relative
-from zoo import TIMM, hugging_face_models, open_clip_models, torchvision_models
-
-import tp_amp
-
-# Norms over the hidden channels make cutting and masking differ by construction.
-MIXING = {"beit3": 2, "eva02_clip": 2, "convnextv2": 5, "open_clip_eva02": 12}
-GROUPS = {
-    "open_clip": open_clip_models,
-    "torchvision": torchvision_models,
-    "hugging_face": hugging_face_models,
-}
-
-
-def run(model: nn.Module, inputs: Any) -> Tensor:
-    """All tensors of the output in one, whatever its type."""
-    if isinstance(inputs, dict):
-        output = model(**inputs)
-    else:
-        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if hasattr(output, "values") else output
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    # Not CLIP's logit scale, beside which all else is small.
-    return torch.cat([tensor.flatten() for tensor in tensors if tensor.dim()])
-
-
-def masked(model: nn.Module, mlps: list[tp_amp.MLP], keep: dict[str, list[int]]) -> nn.Module:
-    """The dense model with all other channels of each `down`'s input set to zero."""
-    model = copy.deepcopy(model)
-    for mlp in mlps:
-        down = model.get_submodule(mlp.down)
-        mask = torch.ones(down.weight.shape[1])
-        mask[mlp.first : mlp.first + mlp.width] = 0
-        mask[mlp.first + torch.tensor(keep[mlp.down])] = 1
-        mask = mask if isinstance(down, nn.Linear) else mask.view(-1, 1, 1)
-        down.register_forward_pre_hook(lambda _m, args, mask=mask: (args[0] * mask,))
-    return model
-
-
-def hand_cut(model: nn.Module, mlps: list[tp_amp.MLP], keep: dict[str, list[int]]) -> nn.Module:
-    """A copy with every tensor of the MLP's layers indexed by hand."""
-    model = copy.deepcopy(model)
-    for mlp in mlps:
-        kept = keep[mlp.down]
-        for name in (*mlp.up, *mlp.inner, mlp.down):
-            module = model.get_submodule(name)
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if name == mlp.down:
-                    value = parameter[:, kept] if key == "weight" else parameter
-                else:
-                    value = parameter[kept]
-                setattr(module, key, nn.Parameter(value.detach().clone()))
-            if isinstance(module, nn.LayerNorm):
-                module.normalized_shape = (len(kept),)
-    return model
-
-
-def check(name: str, model: nn.Module, inputs: Any, count: int) -> float:
-    """Check a model; gives the relative difference of the pruned model to the reference."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="(timm|transformers|open_clip)")
-    model = perturbed(model)
-    mlps = tp_amp.find_mlps(model, inputs)
-    assert len(mlps) == count, [mlp.down for mlp in mlps]
-    generator = torch.Generator().manual_seed(5)
-    keep = {
-        mlp.down: sorted(
-            torch.randperm(mlp.width, generator=generator)[: max(1, mlp.width // 2)].tolist()
-        )
-        for mlp in mlps
-    }
-    with torch.no_grad():
-        dense = run(model, inputs)
-        expected = run((hand_cut if name in MIXING else masked)(model, mlps, keep), inputs)
-        tp_amp.apply_plan(model, inputs, tp_amp.PruningPlan(keep))
-        pruned = run(model, inputs)
-    difference = relative(pruned, expected)
-    assert difference < 1e-5
-    assert relative(dense, expected) > 1e-4  # the masks matter
-    if name in MIXING:
-        assert sum(len(mlp.inner) for mlp in mlps) == MIXING[name]
-    # It is a model like any other: copied, trained, saved, pruned again.
-    again = copy.deepcopy(model)
-    again.load_state_dict(model.state_dict())
-    run(again, inputs).sum().backward()
-    assert all(
-        model.get_submodule(mlp.down).weight.shape[1] - mlp.first == len(keep[mlp.down])
-        for mlp in mlps
-    )
-    tp_amp.apply_plan(again, inputs, tp_amp.PruningPlan({mlps[0].down: [0]}))
-    assert torch.isfinite(run(again, inputs)).all()
-    return difference
+from zoo import TIMM
+from zoo_checks import GROUPS, check
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -121,7 +26,7 @@ def test_other_libraries(group: str) -> None:
 
 def test_readme_table_is_of_this_zoo() -> None:
     """`make zoo` writes it; a model added here must be measured again."""
-    readme = Path(__file__).parents[1] / "README.md"
+    readme = Path(__file__).parents[2] / "README.md"
     table = readme.read_text().split("<!-- zoo -->")[1]
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `")]
     measured = {row[0].replace("(cut by hand)", "").strip(): row for row in rows}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pruner import pruner_of
+from searches import pruner_of
 from torch import nn
 from toys import images, toy
 
@@ -26,7 +26,7 @@ CODE = """
 import json, os, signal, sys
 sys.path[:0] = {paths}
 import torch
-from test_pruner import pruner_of
+from searches import pruner_of
 from toys import toy
 torch.set_num_threads(1)
 
@@ -57,7 +57,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., Any]]:
     """Gives forward passes, plan and sum of all weights; None if the run was killed."""
-    paths = [str(Path(__file__).parent), str(Path(tp_amp.__file__).parent.parent)]
+    paths = [str(Path(__file__).parents[1]), str(Path(tp_amp.__file__).parent.parent)]
     with subprocess.Popen(
         [sys.executable, "-c", CODE.format(paths=paths)],
         stdin=subprocess.PIPE,

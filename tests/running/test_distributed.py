@@ -22,10 +22,10 @@ from toys import images, relative, toy
 
 import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance, ReconstructionImportance
-from tp_amp.running.batches import prepare
-from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.compensation.refinement import refine, spread
+from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity
+from tp_amp.running.batches import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -256,7 +256,7 @@ def fork_ranks() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank found, by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(Path(__file__).parent), str(Path(tp_amp.__file__).parent.parent)]
+    paths = [str(Path(__file__).parents[1]), str(Path(tp_amp.__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(paths=paths), str(folder), *map(str, SIZES)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from test_pruner import data, pruner_of
+from searches import data, pruner_of
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 

@@ -8,24 +8,13 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
-from test_importance import entropy_of
+from entropies import entropy_of
+from searches import data, pruner_of
 from torch import Tensor, nn
 from toys import ToyViT, fingerprint, images, masked, perturbed, put, relative, toy
 
 import tp_amp
 from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance
-
-
-def data(seed: int = 1, **arguments: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches for scoring and for the search, with no image in common."""
-    whole = images(16, seed, **arguments)
-    return list(whole[:8].split(4)), list(whole[8:].split(4))
-
-
-def pruner_of(model: nn.Module, seed: int = 1, **arguments: object) -> AdaptiveMLPPruner:
-    scoring, search = data(seed)
-    importance = arguments.pop("importance", None) or EntropyTaylorImportance(data=scoring)
-    return AdaptiveMLPPruner(model, images(1), importance, search, **arguments)
 
 
 def sliced_copy(model: nn.Module, ups: list[str], down: str, keep: list[int]) -> nn.Module:

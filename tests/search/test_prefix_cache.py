@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_pruner import data, pruner_of
+from searches import data, pruner_of
 from torch import Tensor, nn
 from toys import Block, ToyViT, images, perturbed, toy
-from zoo import TIMM, hugging_face_models, open_clip_models
+from zoo import by_name
 
 import tp_amp
-from tp_amp.search.bisection import prefix_cache as prefix
-from tp_amp.search.bisection import replaying
+from tp_amp.search import prefix_cache as prefix
+from tp_amp.search import replaying
 
 
 def plan_of(model: nn.Module, cache_bytes: int, **options: Any) -> str:
@@ -43,17 +43,10 @@ def test_plan_and_entropies_are_the_same(options: dict[str, Any], limit: int) ->
     assert plan_of(model, limit, **options) == plan_of(model, 0, **options)
 
 
-def zoo(name: str) -> tuple[nn.Module, Tensor]:
-    if name in TIMM:
-        return TIMM[name][0](), TIMM[name][1]
-    make, inputs, _ = {**open_clip_models(), **hugging_face_models()}[name]
-    return make(), inputs
-
-
 @pytest.mark.parametrize("name", ["vit", "swin", "beit", "eva02", "open_clip", "hf_vit", "hf_swin"])
 def test_zoo_models_with_heads(name: str) -> None:
     torch.manual_seed(0)
-    model, example = zoo(name)
+    model, example = by_name(name)
     shape = (example if isinstance(example, Tensor) else example["pixel_values"]).shape[1:]
     batches: Any = torch.randn(8, *shape).split(2)
     if isinstance(example, dict):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.importance.objectives import Objective
-from tp_amp.search.estimated_means import looks, t_quantile
 from tp_amp.search.bisection import accepted, search_width
+from tp_amp.search.estimated_means import looks, t_quantile
 from tp_amp.search.sequential_test import SequentialTest
 from tp_amp.search.verdicts import Verdicts
 

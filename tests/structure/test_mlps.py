@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
-from test_zoo import check
 from torch import nn
 from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, judges_shapes, toy
+from zoo_checks import check
 
 import tp_amp
 from tp_amp.structure.fused import fused_parts

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.batches import example
 from tp_amp.budget.budget import Budget
+from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.plan.cutting import Site
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.running.batches import example
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import read_mlps
-from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.importance.reconstruction import ReconstructionImportance
 
 
 def allocate(

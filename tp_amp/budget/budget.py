@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import shapes_first
-from tp_amp.running.batches import Inputs
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.evaluation.inspection import count_macs
 from tp_amp.budget.latency import Latency
+from tp_amp.evaluation.inspection import count_macs
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.running.batches import Inputs
+from tp_amp.running.restoring import shapes_first
 
 logger = logging.getLogger(__name__)
 

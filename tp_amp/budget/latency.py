@@ -11,11 +11,11 @@ from typing import Any
 import numpy
 import torch
 
-from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.running.batches import Inputs, runner
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.structure.attention.heads import Attention
 from tp_amp.evaluation.measuring import seconds
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.running.batches import Inputs, runner
+from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.structure.attention.heads import Attention
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.running.restoring import check_finite
-from tp_amp.running.batches import example
 from tp_amp.data.drawing import draw
-from tp_amp.evaluation.fidelity import class_count
 from tp_amp.data.images import Images
-from tp_amp.evaluation.inspection import macs_of
 from tp_amp.data.loaded import Loaded
+from tp_amp.data.sources import load
+from tp_amp.evaluation.fidelity import class_count
+from tp_amp.evaluation.inspection import macs_of
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import save_pruned
-from tp_amp.data.sources import load
+from tp_amp.running.batches import example
+from tp_amp.running.restoring import check_finite
 
 logger = logging.getLogger(__name__)
 

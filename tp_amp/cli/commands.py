@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 import tp_amp
-from tp_amp.running.restoring import seeded
-from tp_amp.running.batches import example
 from tp_amp.budget.budget import Budget
 from tp_amp.cli.command_parts import (
     REPORT,
@@ -26,20 +24,22 @@ from tp_amp.cli.command_parts import (
     size_of,
     write_model,
 )
-from tp_amp.evaluation.comparing import compare as compare_importances
-from tp_amp.plan.cutting import Site
 from tp_amp.cli.describing import described, widths
 from tp_amp.cli.distill_command import distill
-from tp_amp.evaluation.fidelity import default_metric
-from tp_amp.structure.graph import build_graph
 from tp_amp.cli.help_texts import IMPORTANCES
-from tp_amp.data.images import open_images
-from tp_amp.structure.mlps import MLP, read_mlps
-from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.cli.pruning import FACTORIES, LABELLED, RECOMPUTING, composed, prune_model
-from tp_amp.reports.report import Report
-from tp_amp.plan.saving import PLAN
 from tp_amp.cli.output_folder import check_output, staging
+from tp_amp.cli.pruning import FACTORIES, LABELLED, RECOMPUTING, composed, prune_model
+from tp_amp.data.images import open_images
+from tp_amp.evaluation.comparing import compare as compare_importances
+from tp_amp.evaluation.fidelity import default_metric
+from tp_amp.plan.cutting import Site
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.plan.saving import PLAN
+from tp_amp.reports.report import Report
+from tp_amp.running.batches import example
+from tp_amp.running.restoring import seeded
+from tp_amp.structure.graph import build_graph
+from tp_amp.structure.mlps import MLP, read_mlps
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tp_amp.reports.comparison import table
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.reports.comparison import table
 
 _SIZES = {
     "parameters": ("parameters", "M", 1e6),

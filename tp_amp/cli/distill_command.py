@@ -13,8 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import tp_amp
-from tp_amp.running.restoring import check_finite
-from tp_amp.running.checkpoint import Checkpoint, model_digest
 from tp_amp.cli.command_parts import (
     RECORD,
     REPORT,
@@ -25,12 +23,14 @@ from tp_amp.cli.command_parts import (
     write_model,
 )
 from tp_amp.cli.describing import changed, widths
-from tp_amp.evaluation.fidelity import default_metric
+from tp_amp.cli.output_folder import check_output, staging
 from tp_amp.data.images import open_images
 from tp_amp.data.loaded import Loaded
-from tp_amp.plan.saving import PLAN, SOURCE
 from tp_amp.data.sources import load, load_teacher
-from tp_amp.cli.output_folder import check_output, staging
+from tp_amp.evaluation.fidelity import default_metric
+from tp_amp.plan.saving import PLAN, SOURCE
+from tp_amp.running.checkpoint import Checkpoint, model_digest
+from tp_amp.running.restoring import check_finite
 
 logger = logging.getLogger(__name__)
 

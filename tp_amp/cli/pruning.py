@@ -11,9 +11,9 @@ import torch_pruning as tp
 from torch import nn
 
 import tp_amp
-from tp_amp.structure.mlps import MLP
-from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.importance.readiness import forget, make_ready
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.structure.mlps import MLP
 
 logger = logging.getLogger(__name__)
 

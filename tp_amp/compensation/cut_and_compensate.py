@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.running.batches import check_batches, one_image, prepare
 from tp_amp.compensation.closed_form import RIDGE, Correction, Method
-from tp_amp.plan.cutting import cut, undone_after_errors
-from tp_amp.structure.graph import build_graph
-from tp_amp.plan.pruning_plan import PruningPlan, planned_sites
 from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
+from tp_amp.plan.cutting import cut, undone_after_errors
+from tp_amp.plan.pruning_plan import PruningPlan, planned_sites
+from tp_amp.running.batches import check_batches, one_image, prepare
+from tp_amp.structure.graph import build_graph
 
 
 @torch.inference_mode(False)  # parameters made in it could not be trained

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import observing
-from tp_amp.running.batches import Inputs, bar, one_image, stream
-from tp_amp.structure.chain import Step, find_chain, first_tensor
 from tp_amp.compensation.closed_form import Correction, Moments
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.running.distributed import merged, together
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
 from tp_amp.compensation.recipe import Recipe, applied, corrected, given_weights, place_weights
 from tp_amp.compensation.refinement import cost_factors, refine, spread
 from tp_amp.importance.sensitivity import repeated
+from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.running.batches import Inputs, bar, one_image, stream
+from tp_amp.running.distributed import merged, together
+from tp_amp.running.restoring import observing
 from tp_amp.running.watching import arguments, watch
+from tp_amp.structure.chain import Step, find_chain, first_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_amp.running.batches import bar
 from tp_amp.data.images import Images
+from tp_amp.running.batches import bar
 
 logger = logging.getLogger(__name__)
 

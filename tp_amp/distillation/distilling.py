@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.running.batches import check_batches, prepare
+from tp_amp.distillation.features import Features, read_features
 from tp_amp.distillation.run import Run, generators_of, seeded_on
 from tp_amp.distillation.state import Settings
-from tp_amp.distillation.features import Features, read_features
-from tp_amp.importance.objectives import image_tower
 from tp_amp.distillation.trainable import adapted, checkpointed, cut_modules, held, used_parameters
+from tp_amp.importance.objectives import image_tower
+from tp_amp.running.batches import check_batches, prepare
+from tp_amp.running.restoring import evaluating, seeded
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import evaluating, hooks, seeded, shapes_first
-from tp_amp.running.batches import Inputs
 from tp_amp.importance.objectives import ends_in_classifier, read_logits, similarity_logits, wide
+from tp_amp.running.batches import Inputs
+from tp_amp.running.restoring import evaluating, hooks, seeded, shapes_first
 
 TERMS = ("cls", "tokens", "logits", "similarity")
 _CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})

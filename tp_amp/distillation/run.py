@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tp_amp.running.restoring import seeded
-from tp_amp.running.batches import Inputs, bar, prepare, stream
+from tp_amp.distillation.features import Features, losses
 from tp_amp.distillation.state import (
     History,
     Settings,
@@ -27,8 +26,9 @@ from tp_amp.distillation.state import (
     save_state,
     write_losses,
 )
-from tp_amp.distillation.features import Features, losses
 from tp_amp.distillation.trainable import Average
+from tp_amp.running.batches import Inputs, bar, prepare, stream
+from tp_amp.running.restoring import seeded
 
 logger = logging.getLogger(__name__)
 

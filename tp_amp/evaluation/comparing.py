@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.running.batches import bar, check_batches, split_batches
-from tp_amp.reports.comparison import Comparison, Row
 from tp_amp.compensation.closed_form import Method
+from tp_amp.compensation.cut_and_compensate import compensate
 from tp_amp.evaluation.fidelity import Metric, default_metric
+from tp_amp.importance.readiness import make_ready
+from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
+from tp_amp.reports.comparison import Comparison, Row
+from tp_amp.running.batches import bar, check_batches, split_batches
+from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import find_mlps, read_mlps
-from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
-from tp_amp.compensation.cut_and_compensate import compensate
-from tp_amp.importance.readiness import make_ready
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tp_amp.running.restoring import evaluating, shapes_first
-from tp_amp.structure.attention.finding import read_attentions
-from tp_amp.structure.attention.adapting import exposing
 from tp_amp.running.batches import Inputs, example, runner
-from tp_amp.structure.graph import build_graph
+from tp_amp.running.restoring import evaluating, shapes_first
+from tp_amp.structure.attention.adapting import exposing
+from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlps import MLP, read_mlps
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.running.batches import Inputs, check_batches, stream
 from tp_amp.evaluation.inspection import macs_of
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
+from tp_amp.running.batches import Inputs, check_batches, stream
+from tp_amp.running.restoring import evaluating, seeded
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import evaluating, observing
-from tp_amp.running.batches import bar, labels_of, prepare, stream
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.objectives import read_logits
 from tp_amp.importance.reconstruction import ReconstructionImportance
+from tp_amp.running.batches import bar, labels_of, prepare, stream
+from tp_amp.running.restoring import evaluating, observing
 
 
 def make_ready(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tp_amp.running.restoring import replaced_forward
 from tp_amp.running.batches import Inputs, one_image
-from tp_amp.structure.chain import find_blocks
 from tp_amp.running.distributed import Turn
+from tp_amp.running.restoring import replaced_forward
+from tp_amp.structure.chain import find_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import check_finite, fingerprint
-from tp_amp.running.batches import check_batches
-from tp_amp.structure.groups import group_layers
 from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
+from tp_amp.running.batches import check_batches
+from tp_amp.running.restoring import check_finite, fingerprint
+from tp_amp.structure.groups import group_layers
 
 logger = logging.getLogger(__name__)
 

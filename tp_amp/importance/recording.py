@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import hooks
+from tp_amp.importance.objectives import Objective
 from tp_amp.running.checkpoint import Checkpoint
 from tp_amp.running.distributed import Turn, add_up_named, is_first
-from tp_amp.importance.objectives import Objective
+from tp_amp.running.restoring import hooks
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
 from tp_amp.structure.attention.adapting import FORWARDS
+from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.fused import FusedBlockPruner
 from tp_amp.structure.groups import make_group
-from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.segments import outputs
 

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.plan.cutting import Site, cut, site_group, undone_after_errors
-from tp_amp.structure.graph import TracedGraph, build_graph
-from tp_amp.structure.mlps import read_mlps
 from tp_amp.plan.json_records import (
     from_record,
     read_indices,
@@ -22,6 +19,9 @@ from tp_amp.plan.json_records import (
     write_lines,
 )
 from tp_amp.search.bisection import Probe
+from tp_amp.structure.attention.finding import read_attentions
+from tp_amp.structure.graph import TracedGraph, build_graph
+from tp_amp.structure.mlps import read_mlps
 
 if TYPE_CHECKING:
     from tp_amp.evaluation.measuring import Measurement

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 import tp_amp
-from tp_amp.running.checkpoint import write_atomically
 from tp_amp.plan.cutting import check_fits, cut, undone_after_errors
-from tp_amp.structure.graph import TolerantGraph, per_channel_pruners
 from tp_amp.plan.pruning_plan import PruningPlan, check_kept
+from tp_amp.running.checkpoint import write_atomically
+from tp_amp.structure.graph import TolerantGraph, per_channel_pruners
 
 WEIGHTS, PLAN, SOURCE = "model.safetensors", "plan.json", "source.json"
 _LIBRARIES = ("timm", "open_clip", "transformers")

@@ -11,9 +11,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_amp.running.checkpoint import write_atomically
 from tp_amp.evaluation.measuring import Measurement
 from tp_amp.reports.page import comparisons, groups, page
+from tp_amp.running.checkpoint import write_atomically
 from tp_amp.search.bisection import Probe
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tp_amp.running.restoring import some_values
 
 if TYPE_CHECKING:
-    from tp_amp.running.batches import Inputs
     from tp_amp.compensation.closed_form import Moments
+    from tp_amp.running.batches import Inputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import replaced_forward
 from tp_amp.running.distributed import is_first
+from tp_amp.running.restoring import replaced_forward
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import Stop, hooks
 from tp_amp.running.batches import Inputs
+from tp_amp.running.restoring import Stop, hooks
 
 
 def watch(

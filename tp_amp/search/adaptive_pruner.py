@@ -16,30 +16,30 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import dependency
 
+from tp_amp.budget.budget import Budget
+from tp_amp.compensation.closed_form import Correction, Method
+from tp_amp.compensation.recipe import Recipe, apply
+from tp_amp.compensation.walk import fit
+from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
+from tp_amp.importance.objectives import Objective, mean_objective, resolve_on
+from tp_amp.importance.reconstruction import ReconstructionImportance
+from tp_amp.plan.cutting import Site, cut
+from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
+from tp_amp.running.batches import check_batches, example, stream
+from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
+from tp_amp.running.distributed import check_same_weights, together
 from tp_amp.running.restoring import check_finite, observing
+from tp_amp.running.timing import Estimate, estimate_search, profiled
+from tp_amp.search.argument_checks import check_data, check_numbers, without_ignored
+from tp_amp.search.bisection import Probe, accepted, most_probes
+from tp_amp.search.compensated_probes import Compensator
+from tp_amp.search.prefix_cache import Prefix
+from tp_amp.search.sequential_test import Forwards, SequentialTest
 from tp_amp.search.width_search import Found, WidthSearch
 from tp_amp.structure.attention.finding import find_attentions
-from tp_amp.running.batches import check_batches, example, stream
-from tp_amp.budget.budget import Budget
-from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
-from tp_amp.compensation.closed_form import Correction, Method
-from tp_amp.search.compensated_probes import Compensator
-from tp_amp.plan.cutting import Site, cut
-from tp_amp.running.distributed import check_same_weights, together
-from tp_amp.running.timing import Estimate, estimate_search, profiled
-from tp_amp.structure.graph import TolerantGraph, build_graph
 from tp_amp.structure.attention.heads import Attention
-from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
+from tp_amp.structure.graph import TolerantGraph, build_graph
 from tp_amp.structure.mlps import MLP, read_mlps
-from tp_amp.importance.objectives import Objective, mean_objective, resolve_on
-from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
-from tp_amp.search.prefix_cache import Prefix
-from tp_amp.search.argument_checks import check_data, check_numbers, without_ignored
-from tp_amp.compensation.recipe import Recipe, apply
-from tp_amp.importance.reconstruction import ReconstructionImportance
-from tp_amp.compensation.walk import fit
-from tp_amp.search.bisection import Probe, accepted, most_probes
-from tp_amp.search.sequential_test import Forwards, SequentialTest
 
 logger = logging.getLogger(__name__)
 

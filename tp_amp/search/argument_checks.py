@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from tp_amp.running.batches import check_batches
-from tp_amp.running.distributed import active
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.reconstruction import ReconstructionImportance
+from tp_amp.running.batches import check_batches
+from tp_amp.running.distributed import active
 
 logger = logging.getLogger(__name__)
 

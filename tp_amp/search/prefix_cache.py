@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import Stop, evaluating, replaced_forward, seeded, some_values
-from tp_amp.running.batches import Inputs, one_image, stream
-from tp_amp.structure.chain import all_tensors, find_chain
 from tp_amp.plan.cutting import Site
+from tp_amp.running.batches import Inputs, one_image, stream
 from tp_amp.running.distributed import RankError
+from tp_amp.running.restoring import Stop, evaluating, replaced_forward, seeded, some_values
 from tp_amp.search.replaying import Kept, announced, giving, stored, telling
+from tp_amp.structure.chain import all_tensors, find_chain
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

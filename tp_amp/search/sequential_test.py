@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import evaluating, seeded, some_values
-from tp_amp.running.batches import stream
 from tp_amp.importance.objectives import Objective
+from tp_amp.running.batches import stream
+from tp_amp.running.restoring import evaluating, seeded, some_values
 from tp_amp.search.estimated_means import looks
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tp_amp.compensation.recipe import apply
+from tp_amp.plan.cutting import Site, narrowed
 from tp_amp.running.batches import bar
 from tp_amp.running.checkpoint import Checkpoint
-from tp_amp.search.compensated_probes import Compensator
-from tp_amp.plan.cutting import Site, narrowed
 from tp_amp.running.distributed import check_same
-from tp_amp.running.timing import Estimate, Profile, Stopwatch, check, estimate_search, profiled, tell
-from tp_amp.search.prefix_cache import Prefix
-from tp_amp.compensation.recipe import apply
+from tp_amp.running.timing import (
+    Estimate,
+    Profile,
+    Stopwatch,
+    check,
+    estimate_search,
+    profiled,
+    tell,
+)
 from tp_amp.search.bisection import Probe, accepted, search_width
+from tp_amp.search.compensated_probes import Compensator
+from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.sequential_test import STORED, SequentialTest
 from tp_amp.search.verdicts import Verdicts
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp.running.restoring import check_not_compiled, evaluating, forgetting, hooks, shapes_first
 from tp_amp.running.batches import Inputs, example, runner
+from tp_amp.running.restoring import check_not_compiled, evaluating, forgetting, hooks, shapes_first
 
 logger = logging.getLogger(__name__)
 

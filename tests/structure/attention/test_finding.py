@@ -13,20 +13,21 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from head_cuts import prune, random_keep, zeroed
 from packaging.version import Version
-from test_zoo import run
 from torch import Tensor, nn
 from toys import perturbed, relative
 from zoo import TIMM, hugging_face_models, image, open_clip_models, torchvision_models
+from zoo_checks import run
 
 import tp_amp.structure.attention.heads
-from tp_amp.structure.attention.finding import find_attentions, read_attentions
-from tp_amp.structure.attention.adapting import exposing
-from tp_amp.plan.cutting import cut, narrowed, site_group
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.attention.heads import Attention
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
+from tp_amp.plan.cutting import cut, narrowed, site_group
 from tp_amp.plan.pruning_plan import rank_channels
+from tp_amp.structure.attention.adapting import exposing
+from tp_amp.structure.attention.finding import find_attentions, read_attentions
+from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.graph import build_graph
 
 # Family: attentions that can lose heads, and those with one head.
 COUNTS = {
@@ -44,47 +45,12 @@ OTHER_COUNTS = {
     **{"hf_dinov3": (2, 0), "hf_beit": (2, 0), "hf_beit_bias": (2, 0), "hf_beit_shared": (2, 0)},
     **{"hf_clip": (2, 0), "hf_siglip": (3, 0)},
 }
-Keep = dict[str, list[int]]
 
 
 def small(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
     sizes = {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 1, "num_classes": 5}
     torch.manual_seed(0)
     return perturbed(timm.create_model(name, **{**sizes, **arguments}))
-
-
-def channels(attention: Attention, heads: list[int]) -> list[int]:
-    width = attention.head_width
-    return [head * width + i for head in heads for i in range(width)]
-
-
-def zeroed(model: nn.Module, found: list[Attention], keep: Keep) -> nn.Module:
-    """The dense model whose projections see the kept heads only, and norms before them too."""
-    model = copy.deepcopy(model)
-    for attention in found:
-        kept = channels(attention, keep[attention.down])
-        mask = torch.zeros(attention.width * attention.head_width)
-        mask[kept] = 1
-        down = model.get_submodule(attention.down)
-        holder = model.get_submodule(attention.down.rpartition(".")[0])
-        with torch.no_grad():
-            # Those read the projection's weight and never call it.
-            if isinstance(holder, nn.MultiheadAttention) or "Shifted" in type(holder).__name__:
-                down.weight.mul_(mask)
-        down.register_forward_pre_hook(lambda _m, args, mask=mask: (args[0] * mask,))
-        for tensor in attention.tensors:
-            if tensor.path.endswith("attn.norm.weight"):
-                norm = model.get_submodule(tensor.path.rpartition(".")[0])
-                norm.register_forward_hook(
-                    lambda m, args, out, kept=kept: out.index_copy(
-                        -1,
-                        torch.tensor(kept),
-                        nn.functional.layer_norm(
-                            args[0][..., kept], (len(kept),), m.weight[kept], m.bias[kept], m.eps
-                        ),
-                    )
-                )
-    return model
 
 
 def snapshot(model: nn.Module) -> list[object]:
@@ -102,16 +68,6 @@ def snapshot(model: nn.Module) -> list[object]:
         for module in model.modules()
         for parts in [(vars(module), module._parameters, module._buffers)]
     ]
-
-
-def random_keep(found: list[Attention]) -> Keep:
-    generator = torch.Generator().manual_seed(5)
-    return {
-        a.down: sorted(
-            torch.randperm(a.width, generator=generator)[: max(1, a.width * 2 // 3)].tolist()
-        )
-        for a in found
-    }
 
 
 def check(model: nn.Module, inputs: Any, counts: tuple[int, int]) -> None:
@@ -138,12 +94,6 @@ def check(model: nn.Module, inputs: Any, counts: tuple[int, int]) -> None:
     assert relative(pruned, expected) < 1e-5
     assert relative(dense, expected) > 1e-4  # the masks matter
     check_life(model, inputs, found, pruned)
-
-
-def prune(graph: Any, found: list[Attention], keep: Keep) -> None:
-    for attention in reversed(found):
-        for group in cut(graph, attention, keep[attention.down]):
-            group.prune()
 
 
 def check_life(model: nn.Module, inputs: Any, found: list[Attention], output: Tensor) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_amp.running.batches import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
+from tp_amp.structure.attention.blocks import _QKV
 from tp_amp.structure.attention.checking import checked
 from tp_amp.structure.attention.head_tensors import CannotCut
-from tp_amp.running.batches import Inputs, example, runner
-from tp_amp.structure.attention.blocks import _QKV
 from tp_amp.structure.attention.heads import Attention as Attention
 
 logger = logging.getLogger(__name__)
