@@ -34,9 +34,10 @@ from torch import nn
 from tqdm import tqdm
 
 import tp_amp
-from tp_amp.compensation.closed_form import Moments, correct
+from tp_amp.compensation.closed_form import correct
 from tp_amp.compensation.recipe import apply
 from tp_amp.importance.hidden_moments import hidden_moments
+from tp_amp.importance.moments import Moments
 
 # Those whose order at one layer is that of another, or that sees the last image only, are left out.
 LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")

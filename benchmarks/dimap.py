@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tp_amp
-from tp_amp.structure.attention.blocks import find_blocks
+from tp_amp.structure.attention.blocks import find_attention_blocks
 
 Draws = list[tuple[Tensor, Tensor]]
 PARTS: dict[str, Part] = {"attention and MLPs": (1, 1), "attention": (1, 0), "MLPs": (0, 1)}
@@ -91,7 +91,7 @@ def cut_to_same_size(dense: nn.Module, part: Part, share: float) -> dict[str, nn
 
 def structured_facts(model: nn.Module, dense: nn.Module, draws: Draws) -> dict[str, Any]:
     """Sizes, and the shares of the parameters of attention and MLPs that are kept."""
-    blocks = find_blocks(dense)
+    blocks = find_attention_blocks(dense)
     modules = {
         "attention": [name for block in blocks for name in (*block.qkv, block.project)],
         "mlp": [name for block in blocks for name in (*block.up, block.down)],

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 import tp_amp
 from tp_amp.importance.readiness import forget
 from tp_amp.plan.cutting import narrowed
-from tp_amp.plan.pruning_plan import rank_channels
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import read_mlps
+from tp_amp.plan.ranking import rank_channels
+from tp_amp.structure.model_structure import ModelStructure
 
 
 class Bench:
@@ -29,8 +28,8 @@ class Bench:
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         self.model, self.images, self.labels = model, images, labels
         self.example = images[:1].to(next(model.parameters()).device)
-        traced = build_graph(model, self.example)
-        self.graph, self.mlps = traced.graph, read_mlps(model, traced)
+        structure = ModelStructure(model, self.example)
+        self.mlps, self.graph = structure.mlps, structure.graph
         self._accuracy: dict[str, float] = {}
         self._size: dict[str, dict[str, Any]] = {}
 

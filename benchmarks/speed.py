@@ -35,13 +35,13 @@ from reference import (
 from torch import Tensor, nn
 
 import tp_amp
-from tp_amp.compensation.closed_form import Moments, correct
+from tp_amp.compensation.closed_form import correct
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.compensation.walk import fit
+from tp_amp.importance.moments import Moments
 from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.plan.cutting import mlp_group, narrowed
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import read_mlps
+from tp_amp.structure.model_structure import ModelStructure
 
 BOUND = 2.5  # scoring may take this many times as long as the plain forward pass
 # Model -> pixels of an image's side, images in a batch, batches.
@@ -69,8 +69,8 @@ class Case:
         ]
         self.batches = [(x.to(device), y.to(device)) for x, y in self.batches]
         self.example = self.batches[0][0][:1]
-        traced = build_graph(self.model, self.example)
-        self.graph, self.mlps = traced.graph, read_mlps(self.model, traced)
+        self.structure = ModelStructure(self.model, self.example)
+        self.mlps, self.graph = self.structure.mlps, self.structure.graph
         self.downs = [mlp.down for mlp in self.mlps]
         self.moments = [random_moments(self.model, mlp) for mlp in self.mlps]
         self.jobs: dict[str, Callable[[], Any]] = {
@@ -110,7 +110,7 @@ class Case:
         """Moments, solves and a walk through the depth, with half of every MLP kept."""
         keep = {mlp.down: list(range(mlp.width // 2)) for mlp in self.mlps}
         recipe = Recipe("affine", **further)
-        fit(self.graph, self.mlps, keep, self.batches, recipe, progress=False)
+        fit(self.structure, self.mlps, keep, self.batches, recipe, progress=False)
 
     def solves(self) -> None:
         """What of the compensation solves for the corrections, given the moments."""

@@ -3,17 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tp_amp.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from tp_amp.budget.allocation import plan_for_target as plan_for_target
     from tp_amp.budget.mlp_widths import mlp_ratio_widths as mlp_ratio_widths
     from tp_amp.budget.mlp_widths import pruning_ratio_dict as pruning_ratio_dict
+    from tp_amp.budget.target_plan import plan_for_target as plan_for_target
     from tp_amp.compensation.cut_and_compensate import compensate as compensate
     from tp_amp.compensation.recipe import Recipe as Recipe
     from tp_amp.distillation.distilling import distill as distill
     from tp_amp.evaluation.comparing import compare as compare
     from tp_amp.evaluation.inspection import Inspection as Inspection
     from tp_amp.evaluation.inspection import inspect as inspect
-    from tp_amp.evaluation.measuring import Measurement as Measurement
     from tp_amp.evaluation.measuring import measure as measure
     from tp_amp.evaluation.measuring import measure_both as measure_both
     from tp_amp.importance.dimap import DIMAPImportance as DIMAPImportance
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
         ReconstructionImportance as ReconstructionImportance,
     )
     from tp_amp.importance.reconstruction import reconstruction_order as reconstruction_order
+    from tp_amp.plan.applying import apply_plan as apply_plan
+    from tp_amp.plan.loading import create_model as create_model
+    from tp_amp.plan.loading import load_pruned as load_pruned
     from tp_amp.plan.pruning_plan import PruningPlan as PruningPlan
-    from tp_amp.plan.pruning_plan import apply_plan as apply_plan
-    from tp_amp.plan.pruning_plan import plan_from_importance as plan_from_importance
-    from tp_amp.plan.saving import create_model as create_model
-    from tp_amp.plan.saving import load_pruned as load_pruned
+    from tp_amp.plan.ranking import plan_from_importance as plan_from_importance
     from tp_amp.plan.saving import save_pruned as save_pruned
     from tp_amp.reports.comparison import Comparison as Comparison
+    from tp_amp.reports.numbers import Measurement as Measurement
     from tp_amp.reports.report import Report as Report
     from tp_amp.running.batches import split_batches as split_batches
     from tp_amp.running.timing import Estimate as Estimate
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     from tp_amp.structure.attention.heads import Attention as Attention
     from tp_amp.structure.mlps import MLP as MLP
     from tp_amp.structure.mlps import find_mlps as find_mlps
-
-__version__ = "0.1.0"
 
 # Imported on first use: torch_pruning imports timm, and `import tp_amp` shall stay light.
 _MODULES = {
@@ -56,16 +56,16 @@ _MODULES = {
     "Estimate": "running.timing",
     "GramSchmidtImportance": "importance.gram_schmidt",
     "Inspection": "evaluation.inspection",
-    "Measurement": "evaluation.measuring",
+    "Measurement": "reports.numbers",
     "PruningPlan": "plan.pruning_plan",
     "Recipe": "compensation.recipe",
     "ReconstructionImportance": "importance.reconstruction",
     "Report": "reports.report",
-    "apply_plan": "plan.pruning_plan",
+    "apply_plan": "plan.applying",
     "compare": "evaluation.comparing",
     "measure_both": "evaluation.measuring",
     "compensate": "compensation.cut_and_compensate",
-    "create_model": "plan.saving",
+    "create_model": "plan.loading",
     "dimap_masks": "importance.dimap",
     "dimap_scopes": "importance.dimap",
     "dimap_sparsify": "importance.dimap",
@@ -74,11 +74,11 @@ _MODULES = {
     "find_mlps": "structure.mlps",
     "gram_schmidt_order": "importance.gram_schmidt",
     "inspect": "evaluation.inspection",
-    "load_pruned": "plan.saving",
+    "load_pruned": "plan.loading",
     "measure": "evaluation.measuring",
     "mlp_ratio_widths": "budget.mlp_widths",
-    "plan_for_target": "budget.allocation",
-    "plan_from_importance": "plan.pruning_plan",
+    "plan_for_target": "budget.target_plan",
+    "plan_from_importance": "plan.ranking",
     "pruning_ratio_dict": "budget.mlp_widths",
     "reconstruction_order": "importance.reconstruction",
     "save_pruned": "plan.saving",

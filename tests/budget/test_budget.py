@@ -10,18 +10,15 @@ from zoo import SWIN_HEADS
 
 import tp_amp
 from tp_amp.budget.budget import Budget
-from tp_amp.running.batches import example
-from tp_amp.structure.attention.finding import find_attentions
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import read_mlps
+from tp_amp.structure.model_structure import ModelStructure
 
 
 def swin_budget(target: dict[str, float]) -> tuple[Budget, object, object]:
     model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN_HEADS)
     inputs = images(1, size=64, channels=3)
-    traced = build_graph(model, inputs)
-    sites = [*read_mlps(model, traced), *find_attentions(model, inputs)]
-    return Budget(target, model, traced.graph, sites, example(inputs)), model, inputs
+    structure = ModelStructure(model, inputs)
+    sites = [*structure.mlps, *structure.attentions[0]]
+    return Budget(target, structure, sites), model, inputs
 
 
 @pytest.mark.parametrize("kind", ["params", "macs"])

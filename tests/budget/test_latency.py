@@ -15,11 +15,7 @@ from zoo import SWIN_HEADS
 
 import tp_amp
 from tp_amp.budget.budget import Budget
-from tp_amp.plan.cutting import Site
-from tp_amp.running.batches import example
-from tp_amp.structure.attention.finding import find_attentions
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import read_mlps
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 DOWNS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 Clock = Callable[[Callable[[nn.Module], float]], None]
@@ -49,9 +45,8 @@ def budget_of(
     model: nn.Module, target: dict[str, float], round_to: int = 1, inputs: Any = None
 ) -> Budget:
     inputs = images(1) if inputs is None else inputs
-    traced = build_graph(model, inputs)
-    sites = read_mlps(model, traced)
-    return Budget(target, model, traced.graph, sites, example(inputs), round_to=round_to)
+    structure = ModelStructure(model, inputs)
+    return Budget(target, structure, structure.mlps, round_to)
 
 
 def reconstruction() -> tp_amp.ReconstructionImportance:
@@ -81,8 +76,8 @@ def test_the_cost_is_the_time_of_the_model_cut_for_real(
 def test_layers_that_differ_have_tables_of_their_own(clock: Clock) -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN_HEADS)
     inputs = images(1, size=64, channels=3)
-    traced = build_graph(model, inputs)
-    mlps, attentions = read_mlps(model, traced), find_attentions(model, inputs)
+    structure = ModelStructure(model, inputs)
+    mlps, (attentions, _) = structure.mlps, structure.attentions
     sites: list[Site] = [*mlps, *attentions]
 
     def milliseconds(model: Any) -> float:
@@ -95,7 +90,7 @@ def test_layers_that_differ_have_tables_of_their_own(clock: Clock) -> None:
         return total
 
     clock(milliseconds)
-    found = Budget({"latency": 0.5}, model, traced.graph, sites, example(inputs))
+    found = Budget({"latency": 0.5}, structure, sites)
     widths = {site.down: max(1, site.width // (2 + i % 3)) for i, site in enumerate(sites)}
     assert found.cost(widths) == pytest.approx(milliseconds(cut(model, widths, inputs)))
 

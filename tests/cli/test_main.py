@@ -25,6 +25,7 @@ from tp_amp.cli.main import main
 from tp_amp.cli.pruning import composed
 from tp_amp.data import sources
 from tp_amp.data.images import open_images
+from tp_amp.importance import recomputing as recomputing_module
 
 SMALL = ("img_size=32", "embed_dim=24", "depth=2", "num_heads=2", "num_classes=4")
 MODEL = ("timm:vit_tiny_patch16_224", "--model-args", *SMALL)
@@ -232,9 +233,9 @@ def test_activation_checkpointing_gives_the_same_model(
 ) -> None:
     """In scoring, and in the backward passes of --refine."""
     prepared: list[str] = []
-    recomputing = tp_amp.recomputing.recomputing
+    recomputing = recomputing_module.recomputing
     monkeypatch.setattr(
-        tp_amp.recomputing,
+        recomputing_module,
         "recomputing",
         lambda *given: prepared.append("once") or recomputing(*given),
     )
@@ -728,7 +729,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run(*command: str, **further: Any) -> subprocess.CompletedProcess[str]:
-    called = [sys.executable, "-m", "tp_amp.cli.main", *command]
+    called = [sys.executable, "-m", "tp_amp.cli", *command]
     environment = {**os.environ, "PYTHONPATH": str(Path(tp_amp.__file__).parents[1])}
     return subprocess.run(called, capture_output=True, text=True, env=environment, **further)
 
@@ -778,7 +779,7 @@ def test_a_progress_bar_on_a_terminal() -> None:
     lead, follow = pty.openpty()
     fcntl.ioctl(follow, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = {**os.environ, "PYTHONPATH": str(Path(tp_amp.__file__).parents[1])}
-    called = [sys.executable, "-m", "tp_amp.cli.main", *PRUNE]
+    called = [sys.executable, "-m", "tp_amp.cli", *PRUNE]
     process = subprocess.Popen(called, stderr=follow, stdout=subprocess.DEVNULL, env=environment)
     os.close(follow)
     seen = b""

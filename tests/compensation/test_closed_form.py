@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tp_amp.compensation.closed_form import METHODS, Moments, correct
+from tp_amp.compensation.closed_form import METHODS, correct
 from tp_amp.compensation.recipe import Recipe
+from tp_amp.importance.moments import Moments
 
 TINY = 1e-13
 

@@ -19,7 +19,7 @@ import tp_amp
 from tp_amp.compensation import walk as refit
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
-from tp_amp.running.batches import prepare
+from tp_amp.running.inputs import prepare
 from tp_amp.structure.chain import Step
 
 DOWN = "blocks.0.mlp.second", "blocks.1.mlp.second"

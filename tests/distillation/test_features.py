@@ -10,7 +10,7 @@ from torch import nn
 from toys import images, toy
 
 from tp_amp.distillation.features import Features, losses, read_features
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 
 SIZE = {"img_size": 32, "num_classes": 3}
 

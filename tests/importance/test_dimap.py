@@ -16,7 +16,7 @@ from torch_pruning.pruner import function
 from toys import fingerprint, images, masked, narrow_heads, relative, toy
 
 import tp_amp
-from tp_amp.structure.attention.blocks import find_blocks
+from tp_amp.structure.attention.blocks import find_attention_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -284,12 +284,14 @@ def test_scopes_prune_hugging_face_models(kind: str) -> None:
         pytest.skip("transformers 4.57: heads can't be narrower")
     scopes = tp_amp.dimap_scopes(model, attention=0.5, mlp=0.5)
     before = sum(p.numel() for p in model.parameters())
-    widths = [model.get_submodule(block.project).in_features for block in find_blocks(model)]
+    widths = [
+        model.get_submodule(block.project).in_features for block in find_attention_blocks(model)
+    ]
     tp.pruner.MetaPruner(model, {"pixel_values": IMAGE}, tp_amp.DIMAPImportance(), **scopes).step()
     for module in model.modules():
         if hasattr(module, "q_proj"):
             module.head_dim = module.q_proj.out_features // module.num_attention_heads
-    blocks = find_blocks(model)
+    blocks = find_attention_blocks(model)
     assert [model.get_submodule(b.project).in_features for b in blocks] != widths
     assert sum(p.numel() for p in model.parameters()) < 0.8 * before
     assert model(pixel_values=IMAGE).logits.isfinite().all()

@@ -18,7 +18,7 @@ from tp_amp.importance.objectives import (
     prediction_entropy,
     similarity_entropy,
 )
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 
 
 def test_prediction_entropy_equals_scipy() -> None:

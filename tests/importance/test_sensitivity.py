@@ -7,7 +7,7 @@ from toys import fingerprint, images, toy
 
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity, repeated
-from tp_amp.running.batches import prepare
+from tp_amp.running.inputs import prepare
 
 LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 

@@ -8,7 +8,7 @@ from toys import fingerprint, images, masked, relative, toy
 
 import tp_amp
 from tp_amp import PruningPlan
-from tp_amp.search.bisection import Probe
+from tp_amp.reports.numbers import Probe
 
 PLAN = PruningPlan(
     keep={"blocks.0.mlp.second": [0, 3, 19], "blocks.1.mlp.second": [5]},

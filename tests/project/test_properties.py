@@ -3,7 +3,8 @@
 By default few cases, the same ones each time. Many, other ones each time:
 
     make cases CASES=3000 SEED=1
-    HYPOTHESIS_PROFILE=long HYPOTHESIS_EXAMPLES=3000 python -m pytest tests/project/test_properties.py
+    export HYPOTHESIS_PROFILE=long HYPOTHESIS_EXAMPLES=3000
+    python -m pytest tests/project/test_properties.py
 
 The first counts the cases. HYPOTHESIS_EXAMPLES is the number of cases for each test.
 HYPOTHESIS_PROFILE=hunt, which `make cases` takes, leaves out shrinking, which takes minutes, and
@@ -39,7 +40,6 @@ from toys import fingerprint
 import tp_amp
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
-from tp_amp.plan.saving import cut_untraced
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -499,7 +499,7 @@ def test_damaged_folder_is_refused_or_loads(
     model = build(spec)
     plan = plan_of(spec, model, seed)
     pruned = copy.deepcopy(model)
-    cut_untraced(pruned, plan)
+    tp_amp.apply_plan(pruned, plan)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tp_amp.save_pruned(pruned, folder, plan)

@@ -12,7 +12,7 @@ from toys import images, toy
 
 import tp_amp
 from tp_amp import MLP, Attention, Measurement, PruningPlan, Report
-from tp_amp.search.bisection import Probe
+from tp_amp.reports.numbers import Probe
 
 FIRST, LAST, HEADS = "blocks.0.mlp.fc2", "blocks.1.mlp.fc2", "blocks.0.attn.proj"
 PLAN = PruningPlan(

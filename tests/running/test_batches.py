@@ -4,7 +4,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toys import images, toy
 
 import tp_amp
-from tp_amp.running.batches import prepare, stream
+from tp_amp.running.batches import stream
+from tp_amp.running.inputs import prepare
 
 
 class Numbered(Dataset):

@@ -25,7 +25,7 @@ from tp_amp import AdaptiveMLPPruner, EntropyTaylorImportance, ReconstructionImp
 from tp_amp.compensation.refinement import refine, spread
 from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity
-from tp_amp.running.batches import prepare
+from tp_amp.running.inputs import prepare
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from toys import fingerprint, images, toy
 
 import tp_amp
 from tp_amp.running import timing as estimate
-from tp_amp.running.timing import Estimate, Profile, estimate_search
+from tp_amp.running.timing import Estimate
 from tp_amp.search.prefix_cache import Prefix
+from tp_amp.search.search_estimate import Profile, estimate_search
 
 
 class Clock:

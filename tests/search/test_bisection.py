@@ -3,7 +3,8 @@ import random
 
 import pytest
 
-from tp_amp.search.bisection import Probe, accepted, search_width
+from tp_amp.reports.numbers import Probe
+from tp_amp.search.bisection import accepted, search_width
 
 
 def paper_search(entropy, hidden, reference, max_increase, steps):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import images, masked, toy
 
 import tp_amp
-from tp_amp.running.timing import estimate_search
+from tp_amp.search.search_estimate import estimate_search
 
 BATCHES = 32
 

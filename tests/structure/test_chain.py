@@ -10,7 +10,7 @@ from toys import PlainMLP, fingerprint, images, perturbed, toy
 from zoo import TIMM
 
 import tp_amp
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.structure.chain import find_chain, first_tensor
 
 

@@ -5,3 +5,6 @@ width from `budget` (parameters, MACs, or milliseconds by `latency`), and `alloc
 best widths. `mlp_widths` holds widths that follow from a rule, and the form Torch-Pruning takes
 widths in.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["budget", "mlp_widths", "target_plan"]

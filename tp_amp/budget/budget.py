@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.budget.latency import Latency
-from tp_amp.evaluation.inspection import count_macs
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.running.batches import Inputs
+from tp_amp.plan.cutting import narrowed
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import shapes_first
+from tp_amp.structure.macs import count_macs
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,9 @@ class Budget:
         target: `{"params": 0.6}`, `{"macs": 0.6}` or `{"latency": 0.6}`: a fraction of the dense
             model up to 1, or an absolute number above, of latency in milliseconds of one forward
             pass on the example inputs.
-        model: the dense model.
-        graph: its `tp.DependencyGraph`.
+        structure: what was read of the dense model; on its example inputs MACs are counted and the
+            latency is measured.
         sites: what may be cut.
-        inputs: example inputs, on which MACs are counted and the latency is measured.
-        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
         round_to: the latency is measured at widths of MLPs that are multiples of it.
 
     Raises:
@@ -49,11 +48,8 @@ class Budget:
     def __init__(
         self,
         target: Mapping[str, float],
-        model: nn.Module,
-        graph: Any,
+        structure: ModelStructure,
         sites: Sequence[Site],
-        inputs: Inputs,
-        forward_fn: Callable[..., Any] | None = None,
         round_to: int = 1,
     ) -> None:
         if len(target) != 1 or not set(target) <= set(KINDS):
@@ -64,12 +60,13 @@ class Budget:
         self.target = dict(target)
         self.widths = {site.down: site.width for site in sites}
         self.latency: Latency | None = None
-        measure = _parameters if self.kind == "params" else partial(_macs, forward_fn=forward_fn)
-        self.dense, self.units = _costs(measure, model, graph, sites, inputs)
+        macs = partial(_macs, forward_fn=structure.forward_fn)
+        measure = _parameters if self.kind == "params" else macs
+        self.dense, self.units = _costs(measure, structure, sites)
         if self.kind == "latency":
             # Sites of one width whose channels make as many MACs have the same shapes and tokens.
             alike = {site: (type(site), site.width, self.units[site.down]) for site in sites}
-            self.latency = Latency(graph, alike, inputs, forward_fn, round_to)
+            self.latency = Latency(structure, alike, round_to)
             self.dense = self.latency.dense
             self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount
@@ -144,21 +141,20 @@ class Budget:
 
 def _costs(
     measure: Callable[[nn.Module, Inputs], float],
-    model: nn.Module,
-    graph: Any,
+    structure: ModelStructure,
     sites: Sequence[Site],
-    inputs: Inputs,
 ) -> tuple[float, dict[str, float]]:
     """The dense model's cost, and that of one channel or head of each site."""
+    model = structure.model
 
     def costs(inputs: Inputs, _: Any) -> tuple[float, dict[str, float]]:
         dense, units = measure(model, inputs), {}
         for site in sites:
-            with narrowed(graph, site, range(1, site.width)):
+            with narrowed(structure.graph, site, range(1, site.width)):
                 units[site.down] = dense - measure(model, inputs)
         return dense, units
 
-    return shapes_first(model, inputs, costs)
+    return shapes_first(model, structure.inputs, costs)
 
 
 def _parameters(model: nn.Module, inputs: Inputs) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy
 import torch
 
-from tp_amp.evaluation.measuring import seconds
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.running.batches import Inputs, runner
+from tp_amp.plan.cutting import narrowed
+from tp_amp.running.inputs import runner
 from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.timing import seconds
 from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,8 @@ class Latency:
     ones, so that other load on the machine slows all of them alike.
 
     Args:
-        graph: the `tp.DependencyGraph`, with the dense model.
+        structure: what was read of the dense model; its example inputs are run.
         alike: layer -> anything that equal layers have in common.
-        inputs: example inputs, on the model's device.
-        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
         round_to: the measured widths of MLPs are multiples of it, since others may be slower.
 
     Attributes:
@@ -48,21 +46,19 @@ class Latency:
 
     def __init__(
         self,
-        graph: Any,
+        structure: ModelStructure,
         alike: Mapping[Site, Hashable],
-        inputs: Inputs,
-        forward_fn: Callable[..., Any] | None,
         round_to: int,
     ) -> None:
-        self._graph = graph
-        self._run = runner(graph.model, forward_fn)
-        self._device = next(graph.model.parameters()).device
+        self._graph = structure.graph
+        self._run = runner(structure.model, structure.forward_fn)
+        self._device = next(structure.model.parameters()).device
         if self._device.type == "meta":
             raise ValueError(
                 "the latency of a model on the meta device can't be measured; move it to the "
                 "device that it shall be fast on"
             )
-        self._inputs = inputs.to(str(self._device))
+        self._inputs = structure.inputs.to(str(self._device))
         self._sites = {site.down: site for site in alike}
         groups: dict[Hashable, list[Site]] = {}
         for site, key in alike.items():

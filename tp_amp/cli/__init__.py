@@ -5,3 +5,6 @@
 `command_parts`. `pruning` and `describing` turn arguments into plans and plans into words, and
 `output_folder` is written whole or not at all.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["main"]

@@ -17,11 +17,11 @@ from tp_amp.data.images import Images
 from tp_amp.data.loaded import Loaded
 from tp_amp.data.sources import load
 from tp_amp.evaluation.fidelity import class_count
-from tp_amp.evaluation.inspection import macs_of
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import save_pruned
-from tp_amp.running.batches import example
-from tp_amp.running.restoring import check_finite
+from tp_amp.running.checks import check_finite
+from tp_amp.running.inputs import example
+from tp_amp.structure.macs import macs_of
 
 logger = logging.getLogger(__name__)
 

@@ -32,14 +32,12 @@ from tp_amp.cli.pruning import FACTORIES, LABELLED, RECOMPUTING, composed, prune
 from tp_amp.data.images import open_images
 from tp_amp.evaluation.comparing import compare as compare_importances
 from tp_amp.evaluation.fidelity import default_metric
-from tp_amp.plan.cutting import Site
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import PLAN
 from tp_amp.reports.report import Report
-from tp_amp.running.batches import example
 from tp_amp.running.restoring import seeded
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +188,8 @@ _SETTINGS = (
 
 def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
     """Find the MLPs, and refuse a target out of reach before any long work."""
-    traced = build_graph(model, inputs)
-    mlps = read_mlps(model, traced)
+    structure = ModelStructure(model, inputs)
+    mlps = structure.mlps
     if not mlps:
         raise ValueError(
             f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer why"
@@ -199,7 +197,7 @@ def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
     if options.target is not None and not options.prune_num_heads:
         sites: list[Site] = [*mlps]
         step = options.round_to
-        budget = Budget(options.target, model, traced.graph, sites, example(inputs), round_to=step)
+        budget = Budget(options.target, structure, sites, step)
         least = max(step, options.min_width)
         budget.check({mlp.down: min(mlp.width, least) for mlp in mlps})
     return mlps

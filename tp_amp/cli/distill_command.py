@@ -30,7 +30,7 @@ from tp_amp.data.sources import load, load_teacher
 from tp_amp.evaluation.fidelity import default_metric
 from tp_amp.plan.saving import PLAN, SOURCE
 from tp_amp.running.checkpoint import Checkpoint, model_digest
-from tp_amp.running.restoring import check_finite
+from tp_amp.running.checks import check_finite
 
 logger = logging.getLogger(__name__)
 

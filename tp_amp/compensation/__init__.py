@@ -5,3 +5,6 @@ its depth and cuts. `layers_to_fit` says which layers are fitted, `closed_form` 
 `refinement` improves an MLP by gradients of its own output, and `recipe` holds how all of that is
 done.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["closed_form", "cut_and_compensate", "recipe", "walk"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tp_amp.importance.moments import Moments
 
 logger = logging.getLogger(__name__)
 
@@ -18,114 +20,6 @@ RIDGE = 1e-4
 # A spread below this share of the mean is rounding in float32: what is fitted to it takes weights
 # so large that nothing of the sums is left.
 _ROUNDING = 1e-6
-
-
-# Count, tokens, two means, and sums of products around the means.
-State = tuple[float, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]]
-
-
-class Moments:
-    """Streaming moments of a cut layer's inputs x and of the residuals r that it leaves.
-
-    r is what the layer should have given minus what it gives. All sums are in float64, so batches
-    may be of any size, and no activation is kept.
-
-    Args:
-        name: module path of the layer, for errors.
-
-    Attributes:
-        count: number of tokens, or the sum of their weights.
-        mean_inputs: `(inputs,)`; `mean_residuals`: `(outputs,)`.
-        inputs: second moment of x around `mean_inputs`, `(inputs, inputs)`, divided by `count`.
-        cross: of r and x, `(outputs, inputs)`.
-        squares: mean of |r|^2.
-
-    Example:
-        >>> moments = Moments().add(torch.randn(50, 3), torch.randn(50, 2))
-        >>> correct(moments, "affine").weight.shape
-        torch.Size([2, 3])
-    """
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self.count = 0.0
-        self.tokens = 0
-        self.squares = 0.0
-
-    def add(self, inputs: Tensor, residuals: Tensor, weights: Tensor | None = None) -> Moments:
-        """Add tokens: `(tokens, inputs)`, `(tokens, outputs)` and maybe weights `(tokens,)`.
-
-        Raises:
-            ValueError: the weights are not one for each token.
-        """
-        if weights is not None and weights.shape != (len(inputs),):
-            raise ValueError(
-                f"{self.name}: found {weights.numel()} weights for {len(inputs)} tokens; "
-                "token_weights must give one for each token that the layer reads"
-            )
-        if weights is not None:  # what padding holds must not matter, be it NaN
-            seen = weights > 0
-            inputs, residuals, weights = inputs[seen], residuals[seen], weights[seen]
-        x, r = inputs.double(), residuals.double()
-        w = x.new_ones(len(x)) if weights is None else weights.to(x)
-        count = float(w.sum())
-        if count <= 0:
-            return self
-        means = (w @ x) / count, (w @ r) / count
-        x, r = x - means[0], r - means[1]
-        weighted = x * w[:, None]
-        batch = weighted.T @ x, r.T @ weighted, float((w @ r.square()).sum())
-        return self.merge((count, len(x), means, batch))
-
-    def state(self) -> State | None:
-        """Count, tokens, means and sums, for `merge`; None without any token."""
-        return (self.count, self.tokens, self._means, self._sums) if self.count else None
-
-    def merge(self, other: State) -> Moments:
-        """Add other tokens by Chan's parallel update, which loses no digits to large means."""
-        count, tokens, means, batch = other
-        self.tokens += tokens
-        if not self.count:
-            self._means, self._sums, self.count = means, batch, count
-        else:
-            total = self.count + count
-            x, r = means[0] - self._means[0], means[1] - self._means[1]
-            share = self.count * count / total
-            self._sums = (
-                self._sums[0] + batch[0] + share * torch.outer(x, x),
-                self._sums[1] + batch[1] + share * torch.outer(r, x),
-                self._sums[2] + batch[2] + share * float(r @ r),
-            )
-            self._means = (
-                self._means[0] + x * (count / total),
-                self._means[1] + r * (count / total),
-            )
-            self.count = total
-        self.mean_inputs, self.mean_residuals = self._means
-        self.inputs, self.cross = (s / self.count for s in self._sums[:2])
-        self.squares = self._sums[2] / self.count + float(self.mean_residuals.square().sum())
-        return self
-
-    def after_cut(self, weight: Tensor, keep: Sequence[int]) -> Moments:
-        """The moments that a layer has once its inputs are cut, from those of all its inputs.
-
-        Args:
-            weight: of the dense layer, `(outputs, inputs)`.
-            keep: indices of the inputs that stay.
-        """
-        weight = weight.detach().to(self.inputs)
-        dropped = torch.ones(len(self.mean_inputs), dtype=torch.bool, device=weight.device)
-        index = torch.as_tensor(keep, device=weight.device)
-        dropped[index] = False
-        lost = weight[:, dropped]
-        cut = Moments(self.name)
-        cut.count, cut.tokens = self.count, self.tokens
-        cut.mean_inputs, cut.inputs = self.mean_inputs[index], self.inputs[index][:, index]
-        cut.mean_residuals = lost @ self.mean_inputs[dropped]
-        cut.cross = lost @ self.inputs[dropped][:, index]
-        spread = ((lost @ self.inputs[dropped][:, dropped]) * lost).sum()
-        cut.squares = float(spread + cut.mean_residuals.square().sum())
-        return cut
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import nn
 from tp_amp.compensation.closed_form import RIDGE, Correction, Method
 from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
-from tp_amp.plan.cutting import cut, undone_after_errors
-from tp_amp.plan.pruning_plan import PruningPlan, planned_sites
-from tp_amp.running.batches import check_batches, one_image, prepare
-from tp_amp.structure.graph import build_graph
+from tp_amp.plan.applying import planned_sites
+from tp_amp.plan.cutting import cut_all, undone_after_errors
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.running.batches import check_batches
+from tp_amp.running.inputs import one_image, prepare
+from tp_amp.structure.model_structure import ModelStructure
 
 
 @torch.inference_mode(False)  # parameters made in it could not be trained
@@ -88,16 +90,14 @@ def compensate(
     if not batches:
         raise ValueError("there are no batches to fit the compensation on")
     example = one_image(prepare(batches[0], model))
-    example_inputs = example.kwargs or example.args
-    traced = build_graph(model, example_inputs)
-    sites = planned_sites(model, example_inputs, traced, plan)
-    fitted = fit(traced.graph, list(sites.values()), plan.keep, batches, recipe, progress=progress)
+    structure = ModelStructure(model, example.raw())
+    sites = planned_sites(structure, plan)
+    fitted = fit(structure, list(sites.values()), plan.keep, batches, recipe, progress=progress)
     with undone_after_errors(model):
-        for name, site in sites.items():
-            for group in cut(traced.graph, site, plan.keep[name]):
-                group.prune()
+        cut_all(structure.graph, sites, plan.keep)
         # Once all is cut: one site's `down` may be another's `up`, whose corrections have its rows.
         for name, correction in fitted.items():
             first = sites[name].first if name in sites else 0
             apply(model.get_submodule(name), correction, first)
+    plan.sites.update(sites)
     return fitted

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_amp.compensation.recipe import Recipe
-from tp_amp.plan.cutting import Site, site_group
-from tp_amp.running.batches import Inputs
+from tp_amp.plan.cutting import site_group
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import calls_in_order
 from tp_amp.structure.groups import group_layers
+from tp_amp.structure.model_structure import Site
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import METHODS, RIDGE, Correction, Method, Moments, correct
+from tp_amp.compensation.closed_form import METHODS, RIDGE, Correction, Method, correct
+from tp_amp.importance.moments import Moments
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tp_amp.compensation.layers_to_fit import Layer
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import LEAST, output_sensitivity
-from tp_amp.running.batches import Inputs
 from tp_amp.running.distributed import add_up_named, of_each
+from tp_amp.running.inputs import Inputs
 from tp_amp.structure.mlps import MLP
 
 logger = logging.getLogger(__name__)

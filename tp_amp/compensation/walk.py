@@ -11,24 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import Correction, Moments
+from tp_amp.compensation.closed_form import Correction
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
 from tp_amp.compensation.recipe import Recipe, applied, corrected, given_weights, place_weights
 from tp_amp.compensation.refinement import cost_factors, refine, spread
+from tp_amp.importance.moments import Moments, merged
 from tp_amp.importance.sensitivity import repeated
-from tp_amp.plan.cutting import Site, narrowed
-from tp_amp.running.batches import Inputs, bar, one_image, stream
-from tp_amp.running.distributed import merged, together
-from tp_amp.running.restoring import observing
-from tp_amp.running.watching import arguments, watch
-from tp_amp.structure.chain import Step, find_chain, first_tensor
+from tp_amp.plan.cutting import narrowed
+from tp_amp.running.batches import bar, stream
+from tp_amp.running.distributed import together
+from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.watching import called_with, watch
+from tp_amp.structure.chain import Step, first_tensor
+from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.observing import observing
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def fit(
-    graph: Any,
+    structure: ModelStructure,
     sites: Sequence[Site],
     keep: Mapping[str, Sequence[int]],
     batches: Iterable[Any],
@@ -45,7 +48,7 @@ def fit(
     all ranks' tokens count, and all ranks get the same corrections.
 
     Args:
-        graph: the `tp.DependencyGraph` of the dense model.
+        structure: what was read of the dense model.
         sites: the MLPs and attentions to be cut.
         keep: `down` -> kept channels or heads.
         batches: unlabelled images; their states at one depth are held, never all activations.
@@ -58,7 +61,7 @@ def fit(
     sites = [site for site in sites if len(keep[site.down]) < site.width]
     if recipe.method == "none" or not sites:
         return {}
-    model: nn.Module = graph.model
+    model, graph = structure.model, structure.graph
     with together("compensation"):
         with observing(model, gradients=False):
             inputs = list(stream(batches, model, description="reading", progress=False))
@@ -67,7 +70,7 @@ def fit(
             # What the steps are called with besides the state may depend on the images' size.
             chain = [Step("")]
             if len(sizes) == 1:
-                chain = find_chain(model, few, [site.name for site in sites])
+                chain = structure.chain(few, [site.name for site in sites])
             layers = layers_to_fit(graph, few, sites, keep, recipe)
         places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
         factors: dict[str, Tensor] = {}
@@ -155,7 +158,7 @@ class _Walk:
         site: Any = layer.site
         part = self.model.get_submodule(site.name)
         states = [_inputs(step, state) for state in self.cut]
-        read = [called for state in states if (called := arguments(module, part, state))]
+        read = [called for state in states if (called := called_with(module, part, state))]
         if len(read) < len(states):  # only its layers are called, not what holds them
             part, read = module, states
         kind = torch.promote_types(targets[0].dtype, torch.float32)
@@ -212,5 +215,5 @@ def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:
     """What the first step is called with: its first argument, or the batch for a whole model."""
     if not step.name:
         return batch
-    called = arguments(model, model.get_submodule(step.name), batch)
+    called = called_with(model, model.get_submodule(step.name), batch)
     return called.args[0] if called else batch

@@ -4,3 +4,6 @@
 `hugging_face` and `weights` into a `loaded` model, `images` opens folders, Parquet files and
 datasets, and `drawing` draws pictures where there are none.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["drawing", "images", "loaded", "sources"]

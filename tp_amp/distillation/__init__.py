@@ -4,3 +4,6 @@
 `features` are what student and teacher are compared by, and `trainable` says what is trained:
 all, the cut layers, or adapters on them.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["distilling"]

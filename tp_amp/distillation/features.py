@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, read_logits, similarity_logits, wide
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, hooks, seeded, shapes_first
 
 TERMS = ("cls", "tokens", "logits", "similarity")

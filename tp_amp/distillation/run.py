@@ -27,7 +27,8 @@ from tp_amp.distillation.state import (
     write_losses,
 )
 from tp_amp.distillation.trainable import Average
-from tp_amp.running.batches import Inputs, bar, prepare, stream
+from tp_amp.running.batches import bar, stream
+from tp_amp.running.inputs import Inputs, prepare
 from tp_amp.running.restoring import seeded
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.distillation.features import Features
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, seeded, shapes_first
 
 logger = logging.getLogger(__name__)

@@ -4,3 +4,6 @@
 and how well it does, `comparing` what importances leave at the same sizes, and `fidelity` how
 close a model is to the dense one where there are no labels.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["comparing", "fidelity", "inspection", "measuring"]

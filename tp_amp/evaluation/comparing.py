@@ -14,12 +14,13 @@ from tp_amp.compensation.closed_form import Method
 from tp_amp.compensation.cut_and_compensate import compensate
 from tp_amp.evaluation.fidelity import Metric, default_metric
 from tp_amp.importance.readiness import make_ready
-from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.plan.ranking import rank_channels
 from tp_amp.reports.comparison import Comparison, Row
 from tp_amp.running.batches import bar, check_batches, split_batches
 from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import find_mlps, read_mlps
+from tp_amp.structure.graph import untraced_graph
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def compare(
     if not named or not fractions:
         raise ValueError("nothing to compare: pass at least one importance and one fraction")
     check_batches(data)
-    if not find_mlps(model, example_inputs):
+    structure = ModelStructure(model, example_inputs)
+    if not structure.mlps:
         raise ValueError(
             f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer why"
         )
@@ -105,7 +107,7 @@ def compare(
             done = steps.n
             try:
                 with seeded(seed):
-                    plans = _plans(model, example_inputs, importance, scoring, fractions)
+                    plans = _plans(structure, importance, scoring, fractions)
                 found = []
                 for fraction, plan in plans.items():
                     pruned = _cut(model, plan, scoring, compensation)
@@ -138,23 +140,20 @@ def _named(importances: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plans(
-    model: nn.Module,
-    example_inputs: Any,
-    importance: Any,
-    batches: list[Any],
-    fractions: Sequence[float],
+    structure: ModelStructure, importance: Any, batches: list[Any], fractions: Sequence[float]
 ) -> dict[float, PruningPlan]:
     """Rank once, on a copy, which may be left with gradients; the caller's importance is kept."""
-    model = copy.deepcopy(model)
-    traced = build_graph(model, example_inputs)
-    sites = {mlp.down: mlp for mlp in read_mlps(model, traced)}
+    model = copy.deepcopy(structure.model)
+    graph = untraced_graph(model)
+    sites: dict[str, Site] = {mlp.down: mlp for mlp in structure.mlps}
     ready = make_ready(_own(importance), model, batches, layers=sites, progress=False)
-    orders = {name: rank_channels(ready, traced.graph, site) for name, site in sites.items()}
+    orders = {name: rank_channels(ready, graph, site) for name, site in sites.items()}
     dense = {name: site.width for name, site in sites.items()}
     return {
         fraction: PruningPlan(
             {n: sorted(order[: max(1, round(dense[n] * fraction))]) for n, order in orders.items()},
             dense,
+            sites=sites,
         )
         for fraction in fractions
     }

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, pooled_features, read_logits
-from tp_amp.running.batches import Inputs, labels_of, prepare
-from tp_amp.running.restoring import observing
+from tp_amp.running.inputs import Inputs, labels_of, prepare
+from tp_amp.structure.observing import observing
 
 Metric = Callable[[nn.Module], float]
 

@@ -9,17 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from tp_amp.running.batches import Inputs, example, runner
-from tp_amp.running.restoring import evaluating, shapes_first
-from tp_amp.structure.attention.adapting import exposing
-from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.structure.attention.heads import Attention
-from tp_amp.structure.graph import build_graph
-from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.macs import macs_of
+from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 
@@ -112,48 +107,21 @@ def inspect(
         Linears in no group, which stay whole: 1
           head: no layer reads its channels
     """
-    reasons: dict[nn.Module, str] = {}
-    mlps = read_mlps(model, build_graph(model, example_inputs, forward_fn=forward_fn), reasons)
-    attentions, kept_attentions = read_attentions(model, example_inputs, forward_fn)
-    sites: list[MLP | Attention] = [*mlps, *attentions]
+    structure = ModelStructure(model, example_inputs, forward_fn)
+    mlps, (attentions, kept_attentions) = structure.mlps, structure.attentions
+    sites: list[Site] = [*mlps, *attentions]
     in_group = {name for site in sites for name in (*site.up, site.down)}
     kept_layers = {
-        name: reasons.get(module, "it is not called as a module")
+        name: structure.reasons.get(module, "it is not called as a module")
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in in_group
     }
     for name, reason in kept_layers.items():
         logger.warning("%s belongs to no group and stays whole: %s", name, reason)
     holders = [attention.name for attention in attentions] + list(kept_attentions)
-    macs = macs_of(model, example(example_inputs), forward_fn)
+    macs = macs_of(model, structure.inputs, forward_fn)
     shares = _shares(model, macs, mlps, holders)
     return Inspection(type(model).__name__, mlps, attentions, kept_attentions, kept_layers, shares)
-
-
-def macs_of(
-    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None
-) -> dict[str, float]:
-    """As `count_macs`, on the meta device where the model runs there."""
-    return shapes_first(model, inputs, lambda given, _: count_macs(model, given, forward_fn))
-
-
-def count_macs(
-    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
-) -> dict[str, float]:
-    """Multiply-accumulates of each module on some inputs, those of its children included."""
-    run = runner(model, forward_fn)
-    counter = FlopCounterMode(display=False)
-    # With gradients, since nn.MultiheadAttention goes a fused way without, which isn't counted.
-    with torch.enable_grad(), evaluating(model, trainable=True), exposing(model), counter:
-        inputs.call(run)
-    top = type(model).__name__
-    found = {
-        name.removeprefix(top).removeprefix("."): sum(counts.values()) / 2
-        for name, counts in counter.flop_counts.items()
-        if name != "Global"
-    }
-    # A forward_fn may go round the model's own call, which has no entry then.
-    return found | {"": counter.get_total_flops() / 2}
 
 
 def _shares(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,58 +12,17 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from tp_amp.evaluation.inspection import macs_of
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
-from tp_amp.running.batches import Inputs, check_batches, stream
+from tp_amp.reports.numbers import Measurement
+from tp_amp.running.batches import check_batches, stream
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.timing import seconds
+from tp_amp.structure.macs import macs_of
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # runs that are not timed
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What `measure` found.
-
-    Attributes:
-        parameters: number of parameters.
-        macs: multiply-accumulates for each image.
-        images_per_second: the median over forward passes.
-        quartiles: images per second between which half of the passes lie.
-        batch_size: images of the batch that was timed.
-        repeats: forward passes that were timed, after the warm-up.
-        device: what the model ran on, a CPU with its number of threads.
-        dtype: of the weights, or of autocast.
-        accuracy: fraction of the labelled images whose largest logit is their class, if known.
-        labelled_images: how many images it was taken over.
-
-    Example:
-        >>> import timm, torch, tp_amp
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
-        >>> measured = tp_amp.measure(model, [torch.randn(2, 3, 224, 224)])
-        >>> low, high = measured.quartiles
-        >>> low <= measured.images_per_second <= high
-        True
-        >>> measured.macs, measured.accuracy, measured.dtype
-        (130952448.0, None, 'float32')
-    """
-
-    parameters: int
-    macs: float
-    images_per_second: float
-    quartiles: tuple[float, float]
-    batch_size: int
-    repeats: int
-    device: str
-    dtype: str
-    accuracy: float | None = None
-    labelled_images: int = 0
-
-    @property
-    def conditions(self) -> str:
-        """Under what the speed was measured; only speeds under the same ones compare."""
-        return f"batches of {self.batch_size}, {self.dtype}, {self.device}"
 
 
 def measure(
@@ -191,23 +148,6 @@ def _speeds(
         for model, found in zip(models, speeds, strict=True):
             found.append(inputs.images / seconds(model, inputs, device))
     return [numpy.quantile(found[WARM_UP:], (0.25, 0.5, 0.75)).tolist() for found in speeds]
-
-
-def seconds(run: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
-    """How long one forward pass takes on a device, all of its work done."""
-    _wait(device)
-    start = time.perf_counter()
-    inputs.call(run)
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for what an accelerator still has to do; a call only hands it the work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    else:
-        getattr(torch, device.type).synchronize()  # a CPU's does nothing
 
 
 def _accuracies(

@@ -6,3 +6,15 @@ is for, `sensitivity` what an error costs its predictions and `hidden_moments` w
 read, kept as `moments`; `recording` and `recomputing` bound the memory of scoring. `readiness`
 collects what an importance needs before it is asked.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = [
+    "dimap",
+    "entropy_taylor",
+    "gram_schmidt",
+    "moments",
+    "objectives",
+    "readiness",
+    "reconstruction",
+    "sensitivity",
+]

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tp_amp.structure.attention.blocks import auxiliary, find_blocks, heads
+from tp_amp.structure.attention.blocks import auxiliary, find_attention_blocks, heads
 from tp_amp.structure.groups import GroupLayer, channel_weights, root_name, sum_channels
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def dimap_scopes(model: nn.Module, attention: float, mlp: float) -> dict[str, An
     for name, share in {"attention": attention, "mlp": mlp}.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be a share from 0 up to below 1, found {share}")
-    blocks = find_blocks(model)
+    blocks = find_attention_blocks(model)
     module = model.get_submodule
     qkv = {module(name): heads(model, b) for b in blocks for name in b.qkv}
     up = [module(name) for b in blocks for name in b.up]
@@ -171,7 +171,7 @@ def dimap_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a share from 0 up to below 1, found {sparsity}")
-    blocks = find_blocks(model)
+    blocks = find_attention_blocks(model)
     modules = (
         [name for block in blocks for name in block.qkv],
         [block.project for block in blocks],

@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.recomputing import recomputed
 from tp_amp.importance.recording import Recorder
-from tp_amp.running.batches import Inputs, check_batches, stream
+from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
-from tp_amp.running.distributed import (
-    check_same_weights,
-    in_turns,
-    together,
-    warn_of_same_images,
-)
-from tp_amp.running.restoring import check_finite, fingerprint, observing
+from tp_amp.running.checks import check_finite
+from tp_amp.running.distributed import check_same_weights, in_turns, together, warn_of_same_images
+from tp_amp.running.fingerprints import fingerprint
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.timing import BatchWatch
 from tp_amp.structure.groups import GroupLayer, group_layers, sum_in_channels
+from tp_amp.structure.observing import observing
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import Moments
+from tp_amp.importance.moments import Moments, merged
 from tp_amp.running.batches import check_batches, stream
-from tp_amp.running.distributed import merged, together
-from tp_amp.running.restoring import hooks, observing
+from tp_amp.running.distributed import together
+from tp_amp.running.restoring import hooks
+from tp_amp.structure.observing import observing
 
 # Covariances of all layers at once may take that many bytes; more are collected in turns.
 _BYTES = 2**30

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.batches import Inputs, stream
+from tp_amp.running.batches import stream
 from tp_amp.running.distributed import Turn, active, add_up, agree, gather_rows, in_turns, together
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, hooks, seeded
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.objectives import read_logits
 from tp_amp.importance.reconstruction import ReconstructionImportance
-from tp_amp.running.batches import bar, labels_of, prepare, stream
-from tp_amp.running.restoring import evaluating, observing
+from tp_amp.running.batches import bar, stream
+from tp_amp.running.inputs import labels_of, prepare
+from tp_amp.running.restoring import evaluating
+from tp_amp.structure.observing import observing
 
 
 def make_ready(

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tp_amp.running.batches import Inputs, one_image
 from tp_amp.running.distributed import Turn
+from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import replaced_forward
 from tp_amp.structure.chain import find_blocks
 

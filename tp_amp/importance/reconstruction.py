@@ -14,7 +14,8 @@ from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
 from tp_amp.running.batches import check_batches
-from tp_amp.running.restoring import check_finite, fingerprint
+from tp_amp.running.checks import check_finite
+from tp_amp.running.fingerprints import fingerprint
 from tp_amp.structure.groups import group_layers
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import Objective, resolve_on
 from tp_amp.importance.recomputing import recomputed
-from tp_amp.running.batches import Inputs, stream
+from tp_amp.running.batches import stream
 from tp_amp.running.distributed import Turn, add_up_named, agree, in_turns, of_each, together
-from tp_amp.running.restoring import hooks, observing
+from tp_amp.running.inputs import Inputs
+from tp_amp.running.restoring import hooks
+from tp_amp.structure.observing import observing
 
 # What the objective does not see of a layer still steers what comes after it: such a share of the
 # mean is added to what errors cost.

@@ -4,3 +4,6 @@
 scores and widths, `applying` carries one out, `cutting` is the one place that cuts, and `saving`
 and `loading` keep a pruned model in a folder and bring it back without tracing.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["applying", "cutting", "loading", "pruning_plan", "ranking", "saving"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,8 @@ from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.fused import FusedBlockPruner
 from tp_amp.structure.groups import make_group
 from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import Site
 from tp_amp.structure.segments import outputs
-
-Site = MLP | Attention
 
 
 def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
@@ -69,8 +68,7 @@ def check_fits(model: nn.Module, site: Site) -> None:
     expected = site.width * site.unit_width + site.first
     if found != expected:
         raise ValueError(
-            f"{site.down} has {found} input channels, the saved model had {expected} before it was "
-            f"pruned; {other}"
+            f"{site.down} has {found} input channels, the dense model had {expected}; {other}"
         )
     fits = _mlp_fits(layers, site) if isinstance(site, MLP) else _attention_fits(layers, site)
     if not (fits and site.up):
@@ -163,6 +161,17 @@ def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
     required = _required(_states(graph, site, group))
     yield group
     _require(required)
+
+
+def cut_all(graph: Any, sites: Mapping[str, Site], keep: Mapping[str, Sequence[int]]) -> None:
+    """Cut for good: each site, by its `down`, to what `keep` names under the same name.
+
+    Raises:
+        ValueError: no head of an attention is kept; wrap it in `undone_after_errors`.
+    """
+    for down, kept in keep.items():
+        for group in cut(graph, sites[down], kept):
+            group.prune(record_history=False)
 
 
 def _cutting_group(graph: Any, site: Site, units: Sequence[int]) -> Group:

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from tp_amp.plan.cutting import Site
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import Site
 
 
 def to_record(site: Site) -> dict[str, Any]:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from tp_amp.plan.cutting import Site, cut, site_group, undone_after_errors
 from tp_amp.plan.json_records import (
     from_record,
     read_indices,
@@ -18,14 +12,9 @@ from tp_amp.plan.json_records import (
     to_record,
     write_lines,
 )
-from tp_amp.search.bisection import Probe
-from tp_amp.structure.attention.finding import read_attentions
-from tp_amp.structure.graph import TracedGraph, build_graph
-from tp_amp.structure.mlps import read_mlps
-
-if TYPE_CHECKING:
-    from tp_amp.evaluation.measuring import Measurement
-    from tp_amp.reports.report import Report
+from tp_amp.reports.numbers import Layer, Measurement, Probe
+from tp_amp.reports.report import Report
+from tp_amp.structure.model_structure import Site
 
 FORMAT = 1
 
@@ -79,9 +68,20 @@ class PruningPlan:
         Example:
             See `Report` and `measure_both`.
         """
-        from tp_amp.reports.report import make_report
+        if before and after and _alike(before) != _alike(after):
+            raise ValueError(
+                f"before was measured with {_alike(before)}, after with {_alike(after)}; "
+                "measure both on the same batches, device and dtype"
+            )
+        return Report(
+            tuple(self._layer(name) for name in self.keep), self.dense_entropy, before, after
+        )
 
-        return make_report(self, before, after)
+    def _layer(self, name: str) -> Layer:
+        site = self.sites.get(name)
+        dense = self.dense_widths.get(name, site.width if site else None)
+        units = site.units if site else "channels or heads"
+        return Layer(name, units, dense, len(self.keep[name]), tuple(self.probes.get(name, ())))
 
     def to_json(self) -> str:
         """Write the plan as JSON, one line for each layer's kept channels."""
@@ -141,158 +141,5 @@ class PruningPlan:
         return plan
 
 
-@torch.inference_mode(False)  # parameters made in it could not be trained
-def apply_plan(model: nn.Module, example_inputs: Any, plan: PruningPlan) -> None:
-    """Cut the MLPs and heads of a dense model to a plan, through Torch-Pruning, in place.
-
-    Args:
-        model: of the architecture that the plan was made for, not yet pruned.
-        example_inputs: as for `find_mlps`.
-        plan: MLPs and attentions that it does not name stay as they are.
-
-    Raises:
-        ValueError: the plan names a layer that is no MLP or attention of the model, another width,
-            or kept channels that are empty, repeated or out of range. The model is then as it was.
-
-    Example:
-        >>> import timm, torch, tp_amp
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
-        >>> plan = tp_amp.PruningPlan({"blocks.0.mlp.fc2": list(range(64))})
-        >>> tp_amp.apply_plan(model, torch.randn(1, 3, 224, 224), plan)
-        >>> model.blocks[0].mlp.fc1.out_features
-        64
-    """
-    traced = build_graph(model, example_inputs)
-    sites = planned_sites(model, example_inputs, traced, plan)
-    with undone_after_errors(model):
-        for name, site in sites.items():
-            for group in cut(traced.graph, site, plan.keep[name]):
-                group.prune()
-
-
-def planned_sites(
-    model: nn.Module, example_inputs: Any, traced: TracedGraph, plan: PruningPlan
-) -> dict[str, Site]:
-    """Find what a plan names, and check that it fits.
-
-    Raises:
-        ValueError: as `apply_plan`.
-    """
-    sites = find_sites(model, example_inputs, traced, plan.keep)
-    for name, kept in plan.keep.items():
-        width = sites[name].width
-        if plan.dense_widths.get(name, width) != width:
-            raise ValueError(
-                f"{name} has {width} {sites[name].units}, the plan was made for "
-                f"{plan.dense_widths[name]}; apply it to the dense model"
-            )
-        check_kept(sites[name], kept)
-    return {name: sites[name] for name in plan.keep}
-
-
-def check_kept(site: Site, kept: Sequence[int]) -> None:
-    """Raise ValueError if kept channels or heads are empty, repeated or out of range."""
-    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= site.width:
-        raise ValueError(
-            f"the plan's kept {site.units} of {site.down} must be distinct and within "
-            f"0..{site.width - 1}"
-        )
-
-
-def find_sites(
-    model: nn.Module, example_inputs: Any, traced: TracedGraph, names: Iterable[str]
-) -> dict[str, Site]:
-    """Find the MLPs, and where one of `names` is none of them, the attentions too.
-
-    Raises:
-        ValueError: one of `names` is neither an MLP's `down` nor an attention's.
-    """
-    sites: dict[str, Site] = {mlp.down: mlp for mlp in read_mlps(model, traced)}
-    reasons: dict[str, str] = {}
-    if not sites.keys() >= set(names):
-        attentions, reasons = read_attentions(model, example_inputs)
-        sites |= {attention.down: attention for attention in attentions}
-    for name in names:
-        if name not in sites:
-            kept = f"; attentions that can lose no heads: {reasons}" if reasons else ""
-            raise ValueError(
-                f"{name} is neither an MLP of this model nor an attention; they are "
-                f"{list(sites)}{kept}"
-            )
-    return sites
-
-
-def plan_from_importance(
-    model: nn.Module,
-    example_inputs: Any,
-    importance: Callable[[Any], Tensor | None],
-    widths: float | dict[str, int],
-) -> PruningPlan:
-    """Keep the most important channels or heads at given widths; the model is not cut.
-
-    Args:
-        model: the dense model.
-        example_inputs: as for `find_mlps`.
-        importance: any Torch-Pruning importance that is ready to score.
-        widths: the fraction of each MLP's channels that stays, above 0 (at least one channel
-            stays), or for each `down` its number of channels; of an attention, of heads.
-
-    Raises:
-        ValueError: no MLP is found, `widths` names a layer that is neither MLP nor attention or
-            is out of range, or the importance has no finite scores for one.
-
-    Example:
-        >>> import timm, torch, torch_pruning as tp, tp_amp
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
-        >>> images = torch.randn(1, 3, 224, 224)
-        >>> plan = tp_amp.plan_from_importance(model, images, tp.importance.LAMPImportance(), 0.5)
-        >>> plan.widths
-        {'blocks.0.mlp.fc2': 384}
-    """
-    traced = build_graph(model, example_inputs)
-    named = widths if isinstance(widths, dict) else {}
-    sites = find_sites(model, example_inputs, traced, named)
-    if not sites:
-        raise ValueError(f"no MLP was found in {type(model).__name__}")
-    dense = {name: site.width for name, site in sites.items()}
-    if not isinstance(widths, dict):
-        if not 0 < widths <= 1:
-            raise ValueError(f"widths must be a fraction above 0, 1 at most, found {widths}")
-        widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
-    for name, width in widths.items():
-        if not 0 < width <= dense[name]:
-            raise ValueError(
-                f"can't keep {width} {sites[name].units} of {name}, which has {dense[name]}"
-            )
-    keep = {
-        name: sorted(rank_channels(importance, traced.graph, sites[name])[:width])
-        for name, width in widths.items()
-    }
-    kept_sites = {name: sites[name] for name in keep}
-    return PruningPlan(keep, {name: dense[name] for name in keep}, sites=kept_sites)
-
-
-@torch.no_grad()
-def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: Site) -> list[int]:
-    """Order an MLP's hidden channels or an attention's heads by importance, the best first.
-
-    The score of a head is the sum over its channels. Ties stand by index.
-
-    Raises:
-        ValueError: the importance gives None, another number of scores, or a score not finite.
-    """
-    scores = importance(site_group(graph, site, range(site.width)))
-    if scores is None:
-        raise ValueError(
-            f"the importance has no score for the {type(site).__name__} {site.down}; see the log"
-        )
-    channels = site.width * site.unit_width
-    bad = int((~torch.isfinite(scores)).sum())
-    if scores.shape != (channels,) or bad:
-        raise ValueError(
-            f"the importance's scores for {site.down} must be {channels} finite numbers, found "
-            f"shape {tuple(scores.shape)}, {bad} of them not finite; check weights and data"
-        )
-    sums = scores.view(site.width, -1).sum(1)
-    order: list[int] = sums.argsort(descending=True, stable=True).tolist()
-    return order
+def _alike(measured: Measurement) -> str:
+    return f"{measured.conditions}, {measured.labelled_images} labelled images"

@@ -1,5 +1,8 @@
 """What does a person look at?
 
-Plain numbers and how they are shown, without any knowledge of models: `measurement` and `probe`
-hold them, `report` and `comparison` show them as tables and JSON, and `page` as one HTML page.
+Plain numbers and how they are shown, without any knowledge of models: `numbers` holds them,
+`report` and `comparison` show them as tables and JSON, and `page` as one HTML page.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["comparison", "numbers", "report"]

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, Template
 
 if TYPE_CHECKING:
-    from tp_amp.evaluation.measuring import Measurement
-    from tp_amp.reports.report import Layer, Report
-    from tp_amp.search.bisection import Probe
+    from tp_amp.reports.numbers import Layer, Measurement, Numbers, Probe
 
 _TITLES = {"channels": "MLPs", "heads": "Attentions"}
 _UNKNOWN = "-"
@@ -76,7 +74,7 @@ class Entropies:
         return f"{entropy:.{self.decimals}f}"
 
 
-def page(report: Report, *, whole: bool) -> str:
+def page(report: Numbers, *, whole: bool) -> str:
     """Render the page, or only what a notebook shows of it."""
     return _template().render(
         whole=whole,
@@ -94,7 +92,7 @@ def _template() -> Template:
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
 
 
-def comparisons(report: Report) -> list[Comparison]:
+def comparisons(report: Numbers) -> list[Comparison]:
     """What was measured before and after, one quantity a row; none where nothing was measured."""
     if not (report.before or report.after):
         return []
@@ -112,7 +110,7 @@ def comparisons(report: Report) -> list[Comparison]:
 
 
 def _compare(
-    report: Report,
+    report: Numbers,
     label: str,
     change: Callable[[float, float], str],
     read: Callable[[Measurement], tuple[float, str] | None],
@@ -129,7 +127,7 @@ def _compare(
     )
 
 
-def groups(report: Report) -> list[Group]:
+def groups(report: Numbers) -> list[Group]:
     """The layers by what their widths count, MLPs first."""
     found = []
     for units in dict.fromkeys(layer.units for layer in report.layers):
@@ -164,7 +162,7 @@ def _last_entropy(layer: Layer) -> str:
     return f"{tried[-1]:.4f}" if tried else ""
 
 
-def entropies(report: Report) -> Entropies | None:
+def entropies(report: Numbers) -> Entropies | None:
     """Place every probe on one axis; None where the plan holds no probe."""
     probes = [probe for layer in report.layers for probe in layer.probes]
     if not probes:

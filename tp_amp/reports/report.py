@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_amp.evaluation.measuring import Measurement
+from tp_amp.reports.numbers import Numbers
 from tp_amp.reports.page import comparisons, groups, page
-from tp_amp.running.checkpoint import write_atomically
-from tp_amp.search.bisection import Probe
+from tp_amp.running.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
-    from tp_amp.plan.pruning_plan import PruningPlan
-
-FORMAT = 1
-
 
 @dataclass(frozen=True)
-class Layer:
-    """One MLP or attention of a plan.
-
-    Attributes:
-        name: module path of its `down`.
-        units: what its widths count: `"channels"`, `"heads"`, or both words where the plan, made
-            by hand, does not say.
-        dense: width of the dense layer, where known.
-        kept: width that stays.
-        probes: the widths the search tried, with the entropy (nats) at each.
-    """
-
-    name: str
-    units: str
-    dense: int | None
-    kept: int
-    probes: tuple[Probe, ...] = ()
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(Numbers):
     """A plan's widths and entropies, and what the model cost before and after, as plain numbers.
 
     `print` it for tables (with `pip install tp-amp[report]`; `rich.print` adds colours), or let a
@@ -66,38 +40,6 @@ class Report:
         >>> tp_amp.Report.from_json(report.to_json()) == report
         True
     """
-
-    layers: tuple[Layer, ...]
-    dense_entropy: float | None = None
-    before: Measurement | None = None
-    after: Measurement | None = None
-
-    def to_json(self) -> str:
-        """Write all numbers as JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Read a report that `to_json` wrote.
-
-        Raises:
-            ValueError: the text is not such a report, or of a newer format.
-        """
-        try:
-            record = json.loads(text)
-            if record.pop("format") != FORMAT:
-                raise ValueError(f"this tp_amp reads format {FORMAT}; make the report again")
-            layers = tuple(
-                Layer(**{**layer, "probes": tuple(Probe(**probe) for probe in layer["probes"])})
-                for layer in record.pop("layers")
-            )
-            for side in ("before", "after"):
-                if record[side] is not None:
-                    quartiles = tuple(record[side]["quartiles"])
-                    record[side] = Measurement(**{**record[side], "quartiles": quartiles})
-            return cls(layers, **record)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"the JSON is no report of tp_amp: {error!r}") from error
 
     def to_html(self) -> str:
         """Write one page that needs no other file: tables and plots, light and dark."""
@@ -166,25 +108,3 @@ class Report:
             for row in group.rows:
                 table.add_row(Text(row.name), *(getattr(row, column) for column in columns))
             yield table
-
-
-def make_report(
-    plan: PruningPlan, before: Measurement | None = None, after: Measurement | None = None
-) -> Report:
-    """Report a plan; see `PruningPlan.report`."""
-    if before and after and _alike(before) != _alike(after):
-        raise ValueError(
-            f"before was measured with {_alike(before)}, after with {_alike(after)}; "
-            "measure both on the same batches, device and dtype"
-        )
-    layers = []
-    for name, kept in plan.keep.items():
-        site = plan.sites.get(name)
-        dense = plan.dense_widths.get(name, site.width if site else None)
-        units = site.units if site else "channels or heads"
-        layers.append(Layer(name, units, dense, len(kept), tuple(plan.probes.get(name, ()))))
-    return Report(tuple(layers), plan.dense_entropy, before, after)
-
-
-def _alike(measured: Measurement) -> str:
-    return f"{measured.conditions}, {measured.labelled_images} labelled images"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,132 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from tp_amp.running.distributed import is_first
-
-LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of one call of the model: a batch, or example inputs."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    labels: Tensor | None = None  # classes `(images,)`, where the batch holds them; only measured
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, the images first."""
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-
-    @property
-    def images(self) -> int:
-        """How many images the batch holds."""
-        return len(self.tensors()[0])
-
-    def raw(self) -> Any:
-        """As a script gives them to `forward_fn`: one tensor, several in a tuple, or a dict."""
-        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
-
-    def to(self, device: str) -> Inputs:
-        """The same arguments with all tensors on another device."""
-        args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
-        items = self.kwargs.items()
-        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in items}
-        return Inputs(args, kwargs, self.labels)
-
-    def call(self, function: Any) -> Any:
-        """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
-        try:
-            return function(*self.args, **self.kwargs)
-        except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as error:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
-            raise ValueError(
-                f"the model failed on inputs of shape {shapes}: {error}; "
-                "check that images have the size and channels the model was built for"
-            ) from error
-
-
-def runner(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Callable[..., Any]:
-    """What calls the model: itself, or Torch-Pruning's `forward_fn(model, example_inputs)`."""
-    if forward_fn is None:
-        return model
-    return lambda *args, **kwargs: forward_fn(model, Inputs(args, kwargs).raw())
-
-
-def prepare(batch: Any, model: nn.Module) -> Inputs:
-    """Turn one batch into model inputs on the model's device and in its dtype.
-
-    Args:
-        batch: images as a tensor `(images, ...)`, a tuple or list with the images first (of what
-            follows, only labels are kept, apart), or a dict of keyword arguments and labels.
-        model: gives device and floating dtype by its first floating parameter.
-
-    Raises:
-        TypeError: the batch is none of these.
-        ValueError: the batch is empty.
-    """
-    labels = labels_of(batch)
-    if isinstance(batch, (tuple, list)) and len(batch) > 0:
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        kwargs = {k: _move(v, model) for k, v in batch.items() if k not in LABEL_KEYS}
-        inputs = Inputs(kwargs=kwargs)
-    elif isinstance(batch, Tensor):
-        inputs = Inputs(args=(_move(batch, model),))
-    else:
-        inputs = Inputs()
-    if not inputs.tensors():
-        raise TypeError(
-            f"a batch is a {type(batch).__name__} without image tensors; batches must be a tensor "
-            "of images, a tuple (images, ...) or a dict of tensors"
-        )
-    if inputs.tensors()[0].dim() == 0 or inputs.images == 0:
-        raise ValueError("a batch holds no images; check the data loader")
-    if labels is not None and len(labels) == inputs.images:
-        inputs = replace(inputs, labels=labels)
-    return inputs
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """The classes of a batch's images; None where what it holds can't be that."""
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in sorted(LABEL_KEYS & batch.keys())), None)
-    else:
-        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    whole = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
-    return found if whole else None
-
-
-def _move(value: Any, model: nn.Module) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if like is not None:
-        value = value.to(like.device, like.dtype if value.is_floating_point() else None)
-    return _autograd_ready(value)
-
-
-def _autograd_ready(value: Any) -> Any:
-    """Autograd can't save tensors made in inference mode, but it can save copies of them."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def one_image(batch: Inputs, count: int = 1) -> Inputs:
-    """The first image of a batch, or the first few."""
-
-    def few(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and len(value) == batch.images
-        return value[:count] if whole else value
-
-    return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
-
-
-def example(inputs: Any) -> Inputs:
-    """Read example inputs as Torch-Pruning does: a tensor, a sequence, or keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return Inputs(kwargs={key: _autograd_ready(value) for key, value in inputs.items()})
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    return Inputs(args=tuple(_autograd_ready(value) for value in inputs))
+from tp_amp.running.inputs import Inputs, prepare
 
 
 def stream(

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tp_amp.running.restoring import some_values
+from tp_amp.running.fingerprints import some_values
 
 if TYPE_CHECKING:
-    from tp_amp.compensation.closed_form import Moments
-    from tp_amp.running.batches import Inputs
+    from tp_amp.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -230,20 +229,6 @@ def add_up_named(where: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in part.items():
             whole[name] = whole[name] + tensor if name in whole else tensor
     return {name: tensor.to(device) for name, tensor in whole.items()}
-
-
-def merged(where: str, moments: Moments) -> Moments:
-    """The moments over all ranks' tokens, alike on all ranks."""
-    if not active():
-        return moments
-    own, whole = moments.state(), type(moments)()
-    device = own[2][0].device if own else torch.device("cpu")
-    for state in exchange(where, own):
-        if state is not None:
-            count, tokens, means, sums = state
-            means = means[0].to(device), means[1].to(device)
-            whole.merge((count, tokens, means, (sums[0].to(device), sums[1].to(device), sums[2])))
-    return whole
 
 
 def _gloo() -> Any:

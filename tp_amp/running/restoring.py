@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tp_amp.structure.attention.adapting import exposing
-
 if TYPE_CHECKING:
-    from tp_amp.running.batches import Inputs
+    from tp_amp.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,20 +50,6 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
-
-
-@contextmanager
-def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Run in eval mode, frozen and seeded, with every output projection called as a module."""
-    check_not_compiled(model)
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(gradients),
-        evaluating(model, trainable=False),
-        exposing(model),
-        seeded(0),
-    ):
-        yield
 
 
 @contextmanager
@@ -182,48 +166,3 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state[0])
         random.setstate(state[1])
         numpy.random.set_state(state[2])
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Changes when a parameter or buffer is replaced (pruning) or changed (training).
-
-    A change through `.data` leaves no trace but in the values, of which a few of each tensor are
-    looked at: training changes them all.
-    """
-    return tuple(
-        (id(tensor), tensor._version, tensor.shape, some_values(tensor.detach()))
-        for tensor in tensors
-    )
-
-
-def some_values(tensor: Tensor) -> bytes:
-    """A few values of a tensor, to know it again."""
-    if tensor.is_meta:
-        return b""
-    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
-    few = flat[:: max(1, len(flat) // 16)]
-    return bytes(few.to("cpu", torch.float32).numpy().tobytes())
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise ValueError naming the first parameter that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(
-                f"parameter {name} holds NaN or infinite values; load sound weights before pruning"
-            )
-
-
-def check_not_compiled(model: nn.Module) -> None:
-    """Raise ValueError if torch.compile runs the model: its graphs know no layers, nor hooks."""
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod"):
-            raise ValueError(
-                f"{name or 'the model'} is wrapped by torch.compile; pass model._orig_mod, and "
-                "compile what is pruned"
-            )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{name or 'the model'} was compiled in place; prune a model that is not, and "
-                "call compile() afterwards"
-            )

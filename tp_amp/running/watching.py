@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import Stop, hooks
 
 
@@ -43,7 +43,7 @@ def watch(
     return seen[0], output
 
 
-def arguments(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | None:
+def called_with(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | None:
     """Run a module up to a part of it; give what the part is called with, None if it is not."""
     seen: list[Inputs] = []
 

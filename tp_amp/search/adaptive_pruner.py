@@ -23,23 +23,29 @@ from tp_amp.compensation.walk import fit
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.objectives import Objective, mean_objective, resolve_on
 from tp_amp.importance.reconstruction import ReconstructionImportance
-from tp_amp.plan.cutting import Site, cut
-from tp_amp.plan.pruning_plan import PruningPlan, rank_channels
-from tp_amp.running.batches import check_batches, example, stream
+from tp_amp.plan.cutting import cut
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.plan.ranking import rank_channels
+from tp_amp.reports.numbers import Probe
+from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
+from tp_amp.running.checks import check_finite
 from tp_amp.running.distributed import check_same_weights, together
-from tp_amp.running.restoring import check_finite, observing
-from tp_amp.running.timing import Estimate, estimate_search, profiled
+from tp_amp.running.inputs import example
+from tp_amp.running.timing import Estimate
 from tp_amp.search.argument_checks import check_data, check_numbers, without_ignored
-from tp_amp.search.bisection import Probe, accepted, most_probes
+from tp_amp.search.bisection import accepted, most_probes
 from tp_amp.search.compensated_probes import Compensator
 from tp_amp.search.prefix_cache import Prefix
+from tp_amp.search.search_estimate import estimate_search, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
 from tp_amp.search.width_search import Found, WidthSearch
 from tp_amp.structure.attention.finding import find_attentions
 from tp_amp.structure.attention.heads import Attention
-from tp_amp.structure.graph import TolerantGraph, build_graph
-from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.graph import TolerantGraph
+from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.observing import observing
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +220,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
 
         # The parameters that the script names must be the ones in the graph.
         meta = not unwrapped_parameters
-        traced = build_graph(model, example_inputs, build, forward_fn, on_meta_device=meta)
-        self.mlps = without_ignored(model, read_mlps(model, traced), self.ignored_layers)
+        self._structure = ModelStructure(
+            model, example_inputs, forward_fn, build=build, on_meta_device=meta
+        )
+        self.mlps = without_ignored(model, self._structure.mlps, self.ignored_layers)
         self.attentions: list[Attention] = []
         if prune_num_heads:
             found = find_attentions(model, example_inputs, forward_fn)
@@ -224,8 +232,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
         self.budget: Budget | None = None
         if target is not None:
-            inputs = example(example_inputs)
-            self.budget = Budget(target, model, self.DG, self._sites, inputs, forward_fn, round_to)
+            self.budget = Budget(target, self._structure, self._sites, round_to)
         self.calibration = calibration
         known = getattr(importance, "objective", None)
         if objective is None and isinstance(known, Objective):
@@ -254,7 +261,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         Raises:
             ValueError: the model fails on the images.
         """
-        prefix = Prefix(self.model, self._sites, self.calibration, self.cache_bytes)
+        prefix = Prefix(self._structure, self._sites, self.calibration, self.cache_bytes)
         with prefix.passes() as passes:
             first = next(passes)
             first.call(self.model)  # what is slow for the first time only
@@ -278,7 +285,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             check_same_weights(self.model)
             plan = self._search()
         self.corrections = fit(
-            self.DG,
+            self._structure,
             self._sites,
             plan.keep,
             self.compensation_data,
@@ -333,7 +340,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             compensator=Compensator(
                 self.DG, self.compensation_data, self.recipe, [site.down for site in self._sites]
             ),
-            prefix=Prefix(self.model, self._sites, self.calibration, self.cache_bytes),
+            prefix=Prefix(self._structure, self._sites, self.calibration, self.cache_bytes),
             test=test,
             checkpoint=checkpoint,
             progress=self.progress,

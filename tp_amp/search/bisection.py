@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Probe:
-    """One width that was tried: the entropy (nats) of the model with it, and the verdict."""
-
-    width: int
-    entropy: float
-    accepted: bool
+from tp_amp.reports.numbers import Probe
 
 
 def search_width(

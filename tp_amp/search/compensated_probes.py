@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import Correction, Moments
+from tp_amp.compensation.closed_form import Correction
 from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_weights
+from tp_amp.importance.moments import Moments, merged
 from tp_amp.importance.sensitivity import repeated
-from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
-from tp_amp.running.distributed import merged
-from tp_amp.running.restoring import observing
 from tp_amp.running.watching import watch
 from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.model_structure import Site
+from tp_amp.structure.observing import observing
 
 
 class Compensator:

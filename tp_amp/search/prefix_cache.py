@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tp_amp.plan.cutting import Site
-from tp_amp.running.batches import Inputs, one_image, stream
+from tp_amp.running.batches import stream
 from tp_amp.running.distributed import RankError
-from tp_amp.running.restoring import Stop, evaluating, replaced_forward, seeded, some_values
+from tp_amp.running.fingerprints import some_values
+from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.restoring import Stop, evaluating, replaced_forward, seeded
 from tp_amp.search.replaying import Kept, announced, giving, stored, telling
-from tp_amp.structure.chain import all_tensors, find_chain
+from tp_amp.structure.chain import all_tensors
+from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class Prefix:
     are the same bit for bit.
 
     Args:
-        model: of the search.
+        structure: what was read of the model that is searched.
         sites: what is cut.
         batches: of the search; the same ones in the same order each time, else all is run.
         limit: bytes that may be kept, in host memory. Beyond it, what earlier blocks gave is
@@ -39,15 +41,15 @@ class Prefix:
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], limit: int
+        self, structure: ModelStructure, sites: Sequence[Site], batches: Iterable[Any], limit: int
     ) -> None:
-        self.model, self.batches, self.limit = model, batches, limit
+        self.model, self.batches, self.limit = structure.model, batches, limit
         self.most = 0  # bytes that were kept at one time
         self.steps: list[str] = []
         if limit > 0:
             with self.passes() as passes:
                 first = one_image(next(passes), 2)
-            chain = find_chain(model, first, [site.name for site in sites])
+            chain = structure.chain(first, [site.name for site in sites])
             self.steps = [step.name for step in chain if step.name]
             self.reset()
             if self._read_elsewhere(sites, first):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import Objective
 from tp_amp.running.batches import stream
-from tp_amp.running.restoring import evaluating, seeded, some_values
+from tp_amp.running.fingerprints import some_values
+from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.search.estimated_means import looks
 
 logger = logging.getLogger(__name__)

@@ -12,24 +12,19 @@ from typing import Any, NamedTuple
 import torch
 
 from tp_amp.compensation.recipe import apply
-from tp_amp.plan.cutting import Site, narrowed
+from tp_amp.plan.cutting import narrowed
+from tp_amp.reports.numbers import Probe
 from tp_amp.running.batches import bar
 from tp_amp.running.checkpoint import Checkpoint
 from tp_amp.running.distributed import check_same
-from tp_amp.running.timing import (
-    Estimate,
-    Profile,
-    Stopwatch,
-    check,
-    estimate_search,
-    profiled,
-    tell,
-)
-from tp_amp.search.bisection import Probe, accepted, search_width
+from tp_amp.running.timing import Estimate, Stopwatch, check_estimate, tell_estimate
+from tp_amp.search.bisection import accepted, search_width
 from tp_amp.search.compensated_probes import Compensator
 from tp_amp.search.prefix_cache import Prefix
+from tp_amp.search.search_estimate import Profile, estimate_search, profiled
 from tp_amp.search.sequential_test import STORED, SequentialTest
 from tp_amp.search.verdicts import Verdicts
+from tp_amp.structure.model_structure import Site
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +143,7 @@ class WidthSearch:
         self._made = dict.fromkeys(self.sites, 0.0)  # probes, or parts of them
         foreseen = self._estimate([self.most_probes(site) for site in self.sites])
         if foreseen is not None:
-            tell("the search", foreseen)
+            tell_estimate("the search", foreseen)
         with ExitStack() as self._pruned:
             bars = bar(
                 range(len(self.sites) * self.steps), description="search", progress=self.progress
@@ -172,7 +167,7 @@ class WidthSearch:
         needed = self._estimate(list(self._made.values()))
         if needed is not None:
             size = self.prefix.most + self.compensator.most_bytes(self.sites)
-            check("the search", needed, Estimate(self._watch.seconds, size))
+            check_estimate("the search", needed, Estimate(self._watch.seconds, size))
         return found
 
     def _bisect(

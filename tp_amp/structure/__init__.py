@@ -6,3 +6,16 @@ gradients, `fused` knows timm's parallel blocks), and `attention` finds the head
 Pruning's groups layer by layer, `chain` finds the modules that run one after another, `macs`
 counts what modules cost, and `observing` runs a model so that every layer can be watched.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = [
+    "chain",
+    "fused",
+    "graph",
+    "groups",
+    "macs",
+    "mlps",
+    "model_structure",
+    "observing",
+    "segments",
+]

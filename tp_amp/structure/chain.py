@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, hooks, shapes_first
 
 

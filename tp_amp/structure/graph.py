@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp.running.batches import Inputs, example, runner
-from tp_amp.running.restoring import check_not_compiled, evaluating, forgetting, hooks, shapes_first
+from tp_amp.running.checks import check_not_compiled
+from tp_amp.running.inputs import Inputs, example, runner
+from tp_amp.running.restoring import evaluating, forgetting, hooks, shapes_first
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,16 @@ def per_channel_pruners(model: nn.Module) -> dict[type[nn.Module], PerChannelPru
         if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and channels_of(module) > 1:
             found[type(module)] = PerChannelPruner()
     return found
+
+
+def untraced_graph(model: nn.Module) -> TolerantGraph:
+    """A graph that knows a model's layers by name alone: enough to cut what is known by name."""
+    graph = TolerantGraph()
+    graph.model, graph.module2node = model, {}
+    graph._module2name = {module: name for name, module in model.named_modules()}
+    for kind, pruner in per_channel_pruners(model).items():
+        graph.register_customized_layer(kind, pruner)
+    return graph
 
 
 def build_graph(

@@ -23,7 +23,7 @@ from zoo_checks import run
 import tp_amp.structure.attention.heads
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.plan.cutting import cut, narrowed, site_group
-from tp_amp.plan.pruning_plan import rank_channels
+from tp_amp.plan.ranking import rank_channels
 from tp_amp.structure.attention.adapting import exposing
 from tp_amp.structure.attention.finding import find_attentions, read_attentions
 from tp_amp.structure.attention.heads import Attention
@@ -232,13 +232,13 @@ def test_a_tensor_cut_at_another_head_is_caught(
     else:
         model = small(name)
     assert len(find_attentions(model, image(32))) == 1
-    own = tp_amp.heads.HeadPruner._cut
+    own = tp_amp.structure.attention.heads.HeadPruner._cut
 
     def shifted(self: Any, layer: nn.Module, tensor: Any, kept: list[int]) -> None:
         other = [(head + 1) % 4 for head in kept]
         own(self, layer, tensor, other if tensor.path == path else kept)
 
-    monkeypatch.setattr(tp_amp.heads.HeadPruner, "_cut", shifted)
+    monkeypatch.setattr(tp_amp.structure.attention.heads.HeadPruner, "_cut", shifted)
     with pytest.raises(ValueError, match=WRONG):
         find_attentions(model, image(32))
 
@@ -247,18 +247,18 @@ def test_a_tensor_cut_at_another_head_is_caught(
 def test_a_projection_cut_at_another_head_is_caught(
     monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
-    model, own = small(), tp_amp.heads.rows
+    model, own = small(), tp_amp.structure.attention.heads.rows
 
     def shifted(heads: list[int], width: int, block: int, packed: int = 1) -> list[int]:
         return own([(h + (packed == parts)) % width for h in heads], width, block, packed)
 
-    monkeypatch.setattr(tp_amp.heads, "rows", shifted)
+    monkeypatch.setattr(tp_amp.structure.attention.heads, "rows", shifted)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn: .*" + WRONG):
         find_attentions(model, image(32))
 
 
 def test_the_number_of_heads_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tp_amp.heads, "_recount", lambda *_: None)
+    monkeypatch.setattr(tp_amp.structure.attention.heads, "_recount", lambda *_: None)
     with pytest.raises(ValueError, match="with 3 of 4 heads its forward pass fails"):
         find_attentions(small(), image(32))
 

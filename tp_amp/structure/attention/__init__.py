@@ -5,3 +5,6 @@ a part for each head, and `checking` proves on a copy that cutting is right. `he
 and the cut. The `*_forward` modules are forward passes for fewer heads, which `adapting` gives to
 a module. `blocks` finds attentions by the usual names, for criteria that need no trace.
 """
+
+# What other folders import; every other module here is private to the folder.
+__all__ = ["adapting", "blocks", "finding", "heads"]

@@ -32,7 +32,7 @@ class AttentionBlock:
     down: str
 
 
-def find_blocks(model: nn.Module) -> list[AttentionBlock]:
+def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
     """Find the transformer blocks of timm, torchvision and Hugging Face ViTs and Swins.
 
     Only q, k and v are found by their names. Of the other Linears in the smallest module that holds

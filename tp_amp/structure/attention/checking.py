@@ -12,7 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_amp.running.batches import Inputs
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.attention.head_tensors import CannotCut, norms_over_heads, with_tensors
 from tp_amp.structure.attention.heads import Attention, head_group, rows

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.running.batches import Inputs, example, runner
+from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
 from tp_amp.structure.attention.blocks import _QKV

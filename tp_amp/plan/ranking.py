@@ -1,0 +1,91 @@
+"""Make a plan from scores and widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.plan.cutting import site_group
+from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.structure.model_structure import ModelStructure, Site
+
+if TYPE_CHECKING:
+    pass
+
+
+def plan_from_importance(
+    model: nn.Module,
+    example_inputs: Any,
+    importance: Callable[[Any], Tensor | None],
+    widths: float | dict[str, int],
+) -> PruningPlan:
+    """Keep the most important channels or heads at given widths; the model is not cut.
+
+    Args:
+        model: the dense model.
+        example_inputs: as for `find_mlps`.
+        importance: any Torch-Pruning importance that is ready to score.
+        widths: the fraction of each MLP's channels that stays, above 0 (at least one channel
+            stays), or for each `down` its number of channels; of an attention, of heads.
+
+    Raises:
+        ValueError: no MLP is found, `widths` names a layer that is neither MLP nor attention or
+            is out of range, or the importance has no finite scores for one.
+
+    Example:
+        >>> import timm, torch, torch_pruning as tp, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> images = torch.randn(1, 3, 224, 224)
+        >>> plan = tp_amp.plan_from_importance(model, images, tp.importance.LAMPImportance(), 0.5)
+        >>> plan.widths
+        {'blocks.0.mlp.fc2': 384}
+    """
+    structure = ModelStructure(model, example_inputs)
+    sites = structure.sites(widths if isinstance(widths, dict) else ())
+    if not sites:
+        raise ValueError(f"no MLP was found in {type(model).__name__}")
+    dense = {name: site.width for name, site in sites.items()}
+    if not isinstance(widths, dict):
+        if not 0 < widths <= 1:
+            raise ValueError(f"widths must be a fraction above 0, 1 at most, found {widths}")
+        widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
+    for name, width in widths.items():
+        if not 0 < width <= dense[name]:
+            raise ValueError(
+                f"can't keep {width} {sites[name].units} of {name}, which has {dense[name]}"
+            )
+    keep = {
+        name: sorted(rank_channels(importance, structure.graph, sites[name])[:width])
+        for name, width in widths.items()
+    }
+    kept_sites = {name: sites[name] for name in keep}
+    return PruningPlan(keep, {name: dense[name] for name in keep}, sites=kept_sites)
+
+
+@torch.no_grad()
+def rank_channels(importance: Callable[[Any], Tensor | None], graph: Any, site: Site) -> list[int]:
+    """Order an MLP's hidden channels or an attention's heads by importance, the best first.
+
+    The score of a head is the sum over its channels. Ties stand by index.
+
+    Raises:
+        ValueError: the importance gives None, another number of scores, or a score not finite.
+    """
+    scores = importance(site_group(graph, site, range(site.width)))
+    if scores is None:
+        raise ValueError(
+            f"the importance has no score for the {type(site).__name__} {site.down}; see the log"
+        )
+    channels = site.width * site.unit_width
+    bad = int((~torch.isfinite(scores)).sum())
+    if scores.shape != (channels,) or bad:
+        raise ValueError(
+            f"the importance's scores for {site.down} must be {channels} finite numbers, found "
+            f"shape {tuple(scores.shape)}, {bad} of them not finite; check weights and data"
+        )
+    sums = scores.view(site.width, -1).sum(1)
+    order: list[int] = sums.argsort(descending=True, stable=True).tolist()
+    return order

@@ -1,0 +1,31 @@
+"""Run a model so that what its layers read can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tp_amp.running.checks import check_not_compiled
+from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.structure.attention.adapting import exposing
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextmanager
+def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Run in eval mode, frozen and seeded, with every output projection called as a module."""
+    check_not_compiled(model)
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        evaluating(model, trainable=False),
+        exposing(model),
+        seeded(0),
+    ):
+        yield
