@@ -20,7 +20,7 @@ from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
 from tp_amp.running.checks import check_finite
 from tp_amp.running.distributed import check_same_weights, in_turns, together, warn_of_same_images
-from tp_amp.running.fingerprints import fingerprint
+from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.timing import BatchWatch
 from tp_amp.structure.groups import GroupLayer, group_layers, sum_in_channels
@@ -90,7 +90,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         # Private: scores are the same with and without, so a checkpoint goes on with either.
         self._recompute = activation_checkpointing
         self.scores: dict[str, Tensor] = {}
-        self._fingerprint: tuple[Any, ...] = ()
+        self._fingerprint = Fingerprint([])
         self._layers: Collection[str] | None = ()
         self._own_loss = False
         self._told_loss = False
@@ -180,7 +180,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
                 watch.end()
         scores = recorder.means()
         self.scores, self._layers = scores, layers
-        self._resolved, self._fingerprint = objective, _fingerprint(model)
+        self._resolved, self._fingerprint = objective, Fingerprint(_tensors(model))
 
     def _checkpoint(
         self, folder: Path, model: nn.Module, first: Inputs | None, layers: Collection[str] | None
@@ -212,7 +212,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         if self.data is None:
             return
         missing = self._layers is not None and not set(layers or ("",)) <= set(self._layers)
-        if missing or self._fingerprint != _fingerprint(model):
+        if missing or not self._fingerprint.fits(_tensors(model)):
             self.collect(model, self.data, layers=layers, progress=progress, checkpoint=checkpoint)
 
     def loss(self, output: Any) -> Tensor:
@@ -288,8 +288,8 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             self._told_loss = True
 
 
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    return fingerprint((*model.parameters(), *model.buffers()))
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _weight_times_gradient(layer: GroupLayer) -> Tensor | None:

@@ -15,7 +15,7 @@ from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_finite
-from tp_amp.running.fingerprints import fingerprint
+from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.structure.groups import group_layers
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             output count the same, and no gradient is taken.
         temperature: of the similarity softmax.
         data: an iterable of batches. With it, activations are collected on the first group asked
-            about, and a layer's again when its weight has changed since.
+            about, and a layer's again when its weight has changed since. A copy of the model, or
+            one loaded again with the same weights, is known.
         activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Attributes:
@@ -129,7 +130,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         self._recompute = activation_checkpointing
         self.orders: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
-        self._seen: dict[str, tuple[Any, ...]] = {}
+        self._seen: dict[str, Fingerprint] = {}
 
     @torch.no_grad()
     def collect(
@@ -174,7 +175,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
                 seen = roots[name] @ seen if name in roots else seen
                 self.orders[name], errors = reconstruction_order(moments[name].inputs, seen)
                 self.errors[name] = (errors / 2 if name in roots else errors).cpu()
-                self._seen[name] = fingerprint([weight])
+                self._seen[name] = Fingerprint([weight])
         return self
 
     def _roots(
@@ -204,9 +205,9 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         return roots
 
     def knows(self, name: str, layer: nn.Module) -> bool:
-        """Whether a layer was collected with the weight that it has now."""
+        """Whether a layer was collected with the weight that it has now, be it in another copy."""
         weight: Any = layer.weight
-        return self._seen.get(name) == fingerprint([weight])
+        return name in self._seen and self._seen[name].fits([weight])
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tp_amp.running.atomic_files import write_atomically
 from tp_amp.running.distributed import agree, is_first, of_each
+from tp_amp.running.fingerprints import digest
 
 FORMAT = 1
 
@@ -77,16 +76,6 @@ class Checkpoint:
         content = {"content": json.dumps({"identity": self.identity, "facts": dict(facts)})}
         stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         write_atomically(self.path, lambda part: save_file(stored, str(part), content))
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short name for names, shapes, dtypes and values."""
-    found = hashlib.blake2b(digest_size=8)
-    for name, tensor in tensors:
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        values = tensor.detach().cpu().contiguous().flatten()
-        found.update(values.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def first_digest(tensors: Iterable[Tensor]) -> str | list[str]:

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
 
+class Fingerprint:
+    """Knows some tensors again: the very same ones at once, and copies of them by their values.
 
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Changes when a parameter or buffer is replaced (pruning) or changed (training).
+    Pruning replaces parameters and training changes them. A change through `.data` leaves no trace
+    but in the values, of which a few of each tensor are looked at: training changes them all.
 
-    A change through `.data` leaves no trace but in the values, of which a few of each tensor are
-    looked at: training changes them all.
+    Args:
+        tensors: parameters or buffers.
+
+    Example:
+        >>> weight = torch.randn(3, 2)
+        >>> known = Fingerprint([weight])
+        >>> known.fits([weight.clone()]), known.fits([weight + 1])
+        (True, False)
     """
-    return tuple(
-        (id(tensor), tensor._version, tensor.shape, some_values(tensor.detach()))
-        for tensor in tensors
-    )
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        tensors = list(tensors)
+        self._identity = _identity(tensors)
+        self._digest = _values(tensors)
+
+    def fits(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether tensors are these, or have the same shapes, dtypes and values."""
+        tensors = list(tensors)
+        return self._identity == _identity(tensors) or self._digest == _values(tensors)
+
+
+def _identity(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(id(t), t._version, t.shape, some_values(t.detach())) for t in tensors]
+
+
+def _values(tensors: Sequence[Tensor]) -> str:
+    """A digest of all values; of tensors without values none, which fits nothing."""
+    if any(tensor.is_meta for tensor in tensors):
+        return f"no values {id(tensors)}"
+    return digest(("", tensor) for tensor in tensors)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A short name for names, shapes, dtypes and values."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        found.update(values.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def some_values(tensor: Tensor) -> bytes:
