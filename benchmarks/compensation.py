@@ -34,10 +34,10 @@ from torch import nn
 from tqdm import tqdm
 
 import tp_amp
-from tp_amp.compensation.closed_form import correct
+from tp_amp.algebra.closed_form import correct
+from tp_amp.algebra.moments import Moments
 from tp_amp.compensation.recipe import apply
 from tp_amp.importance.hidden_moments import hidden_moments
-from tp_amp.importance.moments import Moments
 
 # Those whose order at one layer is that of another, or that sees the last image only, are left out.
 LEFT_OUT = ("EntropyTaylor, similarity", "Magnitude L2", "LAMP", "Hessian")
@@ -62,7 +62,8 @@ class Comparison:
         self.importance = tp_amp.ReconstructionImportance("prediction")
         downs = [mlp.down for mlp in bench.mlps]
         self.importance.collect(bench.model, batches, layers=downs, progress=False)
-        self.moments = hidden_moments(bench.model, downs, batches, progress=False)
+        found = hidden_moments(bench.model, downs, batches, progress=False)
+        self.moments = {name: halves.whole for name, halves in found.items()}
         self.orders["Reconstruction"] = {n: self.importance.orders[n].tolist() for n in downs}
         variance = {n: moments.inputs.diagonal() for n, moments in self.moments.items()}
         squares = {n: self._down(n).weight.double().square().sum(0) for n in downs}

@@ -35,10 +35,10 @@ from reference import (
 from torch import Tensor, nn
 
 import tp_amp
-from tp_amp.compensation.closed_form import correct
+from tp_amp.algebra.closed_form import correct
+from tp_amp.algebra.moments import Moments
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.compensation.walk import fit
-from tp_amp.importance.moments import Moments
 from tp_amp.importance.objectives import Objective, mean_objective
 from tp_amp.plan.cutting import mlp_group, narrowed
 from tp_amp.structure.model_structure import ModelStructure

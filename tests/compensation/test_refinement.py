@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_cut_and_compensate import (
+from compensations import (
     DOWN,
     KEEP,
     Tokenwise,
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from toys import fingerprint, images, perturbed, relative, toy
 
 import tp_amp
+from tp_amp.algebra.closed_form import Correction
 from tp_amp.compensation import refinement
 from tp_amp.compensation import walk as refit
-from tp_amp.compensation.closed_form import Correction
 from tp_amp.compensation.refinement import cost_factor, refine, spread
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity

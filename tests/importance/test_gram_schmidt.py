@@ -1,25 +1,22 @@
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scipy.linalg
-import timm
 import torch
 import torch_pruning as tp
+from small_models import Convolutions, packed, vit
 from torch import Tensor, nn
 from torch_pruning.pruner import function
 from toys import fingerprint, images, masked, relative, toy
 
 import tp_amp
 from tp_amp.importance import gram_schmidt
-from tp_amp.structure.groups import GroupLayer, channel_weights, root_weights
 
 CHECKPOINTS = Path(__file__).parents[2] / "benchmarks" / "checkpoints"
 
@@ -203,6 +200,37 @@ def test_bad_weights_are_named() -> None:
             tp_amp.gram_schmidt_order(torch.ones(2, 2), count)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 383, 384, 385, 511, 512, 513])
+@pytest.mark.parametrize("columns", [1, 2, 24])
+def test_numbers_of_rows_around_the_sizes_of_blocks(rows: int, columns: int) -> None:
+    weight = random(rows, columns)
+    assert tp_amp.gram_schmidt_order(weight).tolist() == naive_order(weight)
+
+
+@pytest.mark.parametrize("cached", [1, 7, 1000])
+def test_order_does_not_depend_on_how_many_rows_are_rotated_at_once(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random(150, 30)
+    monkeypatch.setattr(gram_schmidt, "CACHED", cached)
+    assert tp_amp.gram_schmidt_order(weight).tolist() == naive_order(weight)
+
+
+def test_near_copies_are_picked_by_what_is_left_of_them() -> None:
+    """A copy's residual falls by eight digits at once, within one block."""
+    weight = random(60, 90).double()
+    weight = torch.cat([weight, weight + 1e-4 * random(60, 90, seed=1).double()])
+    assert tp_amp.gram_schmidt_order(weight, 90).tolist() == naive_round(weight, 90)
+
+
+@pytest.mark.parametrize("decades", [3, 5])
+def test_rows_with_a_spectrum_that_decays(decades: int) -> None:
+    columns = torch.logspace(0, -decades, 200, dtype=torch.float64)
+    mix = torch.linalg.qr(random(200, 200).double()).Q
+    weight = ((random(700, 200).double() * columns) @ mix).float()
+    assert tp_amp.gram_schmidt_order(weight, 150).tolist() == naive_round(weight, 150)
+
+
 @pytest.mark.timing
 def test_ten_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
     """Both in float64, in CPU seconds of one thread; the two take turns on a noisy machine."""
@@ -288,13 +316,6 @@ def test_partial_groups_are_scored_in_their_own_order_and_not_changed() -> None:
     assert [(item.idxs, item.root_idxs) for item in group.items] == before
 
 
-def vit(**arguments: Any) -> Any:
-    torch.manual_seed(0)
-    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | arguments
-    arguments = {"depth": 1, "num_classes": 5} | arguments
-    return timm.create_model("vit_tiny_patch16_224", **arguments).eval()
-
-
 @pytest.mark.parametrize("root", ["qkv", "proj"])
 def test_packed_attention_is_scored_by_the_rows_of_q_k_and_v(root: str) -> None:
     model = vit()
@@ -335,17 +356,6 @@ def test_residual_stream_is_scored_by_all_that_write_to_it() -> None:
     assert order_of(scores) == naive_order(rows)
 
 
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 12, 3)
-        self.second = nn.Conv2d(12, 8, 3)
-        self.head = nn.Linear(8 * 4 * 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).relu()).relu().flatten(1))
-
-
 def test_convolutions_are_scored_by_their_flattened_filters() -> None:
     torch.manual_seed(0)
     model = Convolutions()
@@ -357,34 +367,6 @@ def test_convolutions_are_scored_by_their_flattened_filters() -> None:
         scores = tp_amp.GramSchmidtImportance(weights)(group)  # type: ignore[arg-type]
         assert scores is not None
         assert order_of(scores) == naive_order(rows), weights
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-def test_channel_weights_are_those_a_channel_depends_on(kind: Any, groups: int) -> None:
-    """A channel's weights are those that have a gradient when it alone is read or fed."""
-    layer = kind(4, 6, 3, groups=groups, bias=False)
-    for side, channels in (("in", 4), ("out", 6)):
-        rows = channel_weights(GroupLayer("layer", layer, side, [], []))  # type: ignore[arg-type]
-        for channel in range(channels):
-            layer.zero_grad()
-            inputs = torch.rand(1, 4, 8, 8)
-            if side == "in":
-                inputs[:, [i for i in range(4) if i != channel]] = 0
-            output = layer(inputs)
-            (output if side == "in" else output[:, channel]).sum().backward()
-            touched = layer.weight.detach()[layer.weight.grad != 0]
-            assert torch.equal(rows[channel].sort().values, touched.sort().values)
-
-
-def test_root_weights_pad_channels_that_own_fewer() -> None:
-    linear = nn.Linear(2, 4, bias=False)
-    layer = GroupLayer("layer", linear, "out", [3, 0, 2], [1, 0, 1])
-    weight = linear.weight.detach()
-    expected = torch.stack(
-        [torch.cat([weight[0], torch.zeros(2)]), torch.cat([weight[3], weight[2]]), torch.zeros(4)]
-    )
-    assert torch.equal(root_weights(layer, 3), expected)
 
 
 def test_a_group_that_nothing_makes_has_no_score(caplog: pytest.LogCaptureFixture) -> None:
@@ -421,31 +403,6 @@ def test_is_no_gradient_importance() -> None:
     assert isinstance(importance, tp.importance.Importance)
     assert not isinstance(importance, tp.importance.TaylorImportance)
     assert not isinstance(importance, tp.importance.HessianImportance)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("global_pruning", [False, True])
-def test_torch_prunings_pruner_keeps_the_first_picks(gated: bool, global_pruning: bool) -> None:
-    model = toy(gated=gated)
-    dense = copy.deepcopy(model)
-    widths = {mlp.down: 7 + 4 * i for i, mlp in enumerate(tp_amp.find_mlps(model, images(1)))}
-    importance = tp_amp.GramSchmidtImportance()
-    keep = tp_amp.plan_from_importance(model, images(1), importance, widths).keep
-    blocks = [layer for b in model.blocks for layer in (b.query, b.key, b.value, b.project)]
-    pruner = tp.pruner.MetaPruner(
-        model,
-        (images(1),),
-        importance,
-        global_pruning=global_pruning,
-        pruning_ratio=0,
-        pruning_ratio_dict=tp_amp.pruning_ratio_dict(model, images(1), widths),
-        ignored_layers=[model.embed, model.head, *blocks],
-    )
-    pruner.step()
-    for name, kept in keep.items():
-        assert model.get_submodule(name).in_features == len(kept) == widths[name]
-    with torch.no_grad():
-        assert relative(model(images()), masked(dense, keep)(images())) < 1e-5
 
 
 def test_global_ranking_takes_the_same_share_of_every_layer() -> None:
@@ -498,39 +455,6 @@ def test_adaptive_pruner_takes_it() -> None:
         assert kept == sorted(order[name][: len(kept)])
 
 
-@pytest.mark.parametrize(("ratio", "width"), [(1, 12), (0.5, 6), (1.4, 16), (20 / 12, 20)])
-def test_mlp_ratio_counts_hidden_channels_for_each_input(ratio: float, width: int) -> None:
-    model = toy()
-    widths = tp_amp.mlp_ratio_widths(model, images(1), ratio)
-    assert widths == {"blocks.0.mlp.second": width, "blocks.1.mlp.second": width}
-
-
-def test_mlp_ratio_out_of_range_is_named() -> None:
-    for ratio, found in ((0.05, 0), (2, 24)):
-        with pytest.raises(ValueError, match=rf"blocks\.0\.mlp {found} hidden channels for its 12"):
-            tp_amp.mlp_ratio_widths(toy(), images(1), ratio)
-    with pytest.raises(ValueError, match="no MLP was found in Convolutions"):
-        tp_amp.mlp_ratio_widths(Convolutions(), torch.randn(1, 3, 8, 8), 1)
-
-
-def test_pruning_ratio_dict_names_what_is_wrong() -> None:
-    for widths in (
-        {"blocks.0.mlp.first": 5},
-        {"blocks.0.mlp.second": 21},
-        {"blocks.0.mlp.second": 0},
-    ):
-        with pytest.raises(
-            ValueError, match=r"can't keep \d+ channels of blocks\.0\.mlp\.\w+; the"
-        ):
-            tp_amp.pruning_ratio_dict(toy(), images(1), widths)
-
-
-def packed() -> Any:
-    model = vit(mlp_layer=partial(timm.layers.GluMlp, gate_last=False))
-    assert model.blocks[0].mlp.fc1.out_features == 2 * model.blocks[0].mlp.fc2.in_features
-    return model
-
-
 def test_packed_gate_and_value_are_one_neurons_rows() -> None:
     model = packed()
     mlp, inputs = model.blocks[0].mlp, torch.randn(2, 3, 16, 16)
@@ -541,26 +465,3 @@ def test_packed_gate_and_value_are_one_neurons_rows() -> None:
     expected = masked(model, plan.keep)(inputs)
     tp_amp.apply_plan(model, inputs, plan)
     assert relative(model(inputs), expected) < 1e-5
-
-
-def test_pruning_ratio_dict_refuses_packed_layers() -> None:
-    with pytest.raises(ValueError, match=r"can't cut blocks\.0\.mlp: gate and value are packed in"):
-        tp_amp.pruning_ratio_dict(packed(), torch.randn(1, 3, 16, 16), {"blocks.0.mlp.fc2": 9})
-
-
-def test_pruning_ratios_are_exact_in_torch_prunings_arithmetic() -> None:
-    class Width(nn.Module):
-        def __init__(self, hidden: int) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(2, hidden), nn.Linear(hidden, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.up(x).relu())
-
-    model, hidden = Width(3072), 3072
-    mlp = tp_amp.find_mlps(model, torch.randn(1, 2))
-    assert [m.width for m in mlp] == [hidden]
-    for width in (1, 2, 767, 768, 1023, 3071, 3072):
-        ratios = tp_amp.pruning_ratio_dict(model, torch.randn(1, 2), {"down": width})
-        assert list(ratios) == [(model.up,)]
-        assert int(hidden * (1 - ratios[(model.up,)])) == width

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.compensation.closed_form import RIDGE, Correction, Method
+from tp_amp.algebra.closed_form import RIDGE, Correction, Method
 from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
 from tp_amp.plan.applying import planned_sites

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import METHODS, RIDGE, Correction, Method, correct
-from tp_amp.importance.moments import Moments
+from tp_amp.algebra.closed_form import METHODS, RIDGE, Correction, Method
+from tp_amp.algebra.held_out import best_correction
+from tp_amp.algebra.moments import Halves
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
 from tp_amp.running.inputs import Inputs
@@ -111,20 +112,22 @@ def applied(layer: nn.Module, correction: Correction, first: int) -> Iterator[No
         layer._parameters.update(own)
 
 
-def corrected(name: str, moments: Moments, recipe: Recipe, bias: bool) -> Correction:
+def corrected(name: str, halves: Halves, recipe: Recipe, bias: bool) -> Correction:
     """Solve for one layer's correction, and say what stands against it."""
-    correction = correct(moments, recipe.method, bias=bias, ridge=recipe.ridge, name=name)
-    kept = correction.weight.shape[1]
-    if moments.tokens < 10 * kept:
-        logger.warning(
-            "%s: %d tokens for %d kept channels are few; fit on more images",
-            name,
-            moments.tokens,
-            kept,
-        )
     if not bias:
         logger.info("%s has no bias to correct; add_bias=True gives it one", name)
-    return correction
+    return best_correction(halves, recipe.method, bias=bias, ridge=recipe.ridge, name=name)
+
+
+def tell_few(names: Sequence[str]) -> None:
+    """Warn, once for all layers, that they saw few tokens for their channels."""
+    if names:
+        logger.warning(
+            "the images are few: %d layers (%s) saw fewer than ten tokens for each kept channel, "
+            "and were corrected by what errs least on images held out; more images keep more",
+            len(names),
+            ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+        )
 
 
 def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:

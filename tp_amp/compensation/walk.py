@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import Correction
+from tp_amp.algebra.closed_form import Correction
+from tp_amp.algebra.moments import Halves
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
-from tp_amp.compensation.recipe import Recipe, applied, corrected, given_weights, place_weights
+from tp_amp.compensation.recipe import (
+    Recipe,
+    applied,
+    corrected,
+    given_weights,
+    place_weights,
+    tell_few,
+)
 from tp_amp.compensation.refinement import cost_factors, refine, spread
-from tp_amp.importance.moments import Moments, merged
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
@@ -81,6 +88,7 @@ def fit(
             walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, factors)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
+    tell_few(walk.few)
     return walk.corrections
 
 
@@ -103,6 +111,8 @@ class _Walk:
         self.corrections: dict[str, Correction] = {}
         self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
         self.factors = factors
+        self.images = [batch.images for batch in inputs]
+        self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
         self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
         self.cut = list(self.dense)
@@ -138,17 +148,21 @@ class _Walk:
     def _fit(
         self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]
     ) -> Correction:
-        moments = Moments(layer.name)
-        for state, target, given in zip(self.cut, targets, self.given, strict=True):
+        halves = Halves(layer.name)
+        for state, target, given, images in zip(
+            self.cut, targets, self.given, self.images, strict=True
+        ):
             (hidden, output), _ = watch(
                 module, self.model, layer.name, _inputs(step, state), stop=True
             )
             weights = self._weights(layer, given, len(hidden))
-            moments.add(layer.inputs(hidden, self.keep), target - output, weights)
+            halves.add(layer.inputs(hidden, self.keep), target - output, weights, images=images)
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
-        moments = merged(f"the moments of {layer.name}", moments)
-        return corrected(layer.name, moments, self.recipe, bias)
+        halves = halves.merged(f"the moments of {layer.name}")
+        if self.recipe.method == "affine" and halves.few:
+            self.few.append(layer.name)
+        return corrected(layer.name, halves, self.recipe, bias)
 
     def _weights(self, layer: Layer, given: Tensor | None, tokens: int) -> Tensor | None:
         return repeated(self.places.get(layer.name), tokens) if given is None else given

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.compensation.closed_form import Method
+from tp_amp.algebra.closed_form import Method
 from tp_amp.compensation.cut_and_compensate import compensate
 from tp_amp.evaluation.fidelity import Metric, default_metric
 from tp_amp.importance.readiness import make_ready

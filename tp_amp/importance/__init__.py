@@ -3,8 +3,8 @@
 One module for each criterion, each a Torch-Pruning importance: `entropy_taylor` (AMP),
 `gram_schmidt` (DGMR), `dimap` (DIMAP) and `reconstruction`. They ask `objectives` what the model
 is for, `sensitivity` what an error costs its predictions and `hidden_moments` what its layers
-read, kept as `moments`; `recording` and `recomputing` bound the memory of scoring. `readiness`
-collects what an importance needs before it is asked.
+read; `recording` and `recomputing` bound the memory of scoring. `readiness` collects what an
+importance needs before it is asked.
 """
 
 # What other folders import; every other module here is private to the folder.
@@ -12,7 +12,6 @@ __all__ = [
     "dimap",
     "entropy_taylor",
     "gram_schmidt",
-    "moments",
     "objectives",
     "readiness",
     "reconstruction",

@@ -18,6 +18,7 @@ NEGLIGIBLE = 1e-12  # a row whose residual is rounding of float32 weights adds n
 CANCELLED = 1e-6  # what subtraction has worn down this far is computed afresh
 TIED = 1e-12
 CANDIDATES = 512
+CACHED = 384  # rows of a thousand columns fill a second-level cache
 
 
 class GramSchmidtImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -149,61 +150,64 @@ def _one_round(rows: Tensor, count: int) -> Tensor:
     negligible = NEGLIGIBLE * residuals
     picks = torch.empty(0, dtype=torch.long, device=rows.device)
     while len(picks) < count and rows.shape[1]:
-        block, directions = _pick_block(rows, residuals, negligible, count - len(picks))
+        block = _pick_block(rows, residuals, negligible, count - len(picks))
         if not len(block):
             break
         picks = torch.cat([picks, block])
-        rows = _drop_directions(rows, directions)
-        residuals = _squares(rows)
+        rows, residuals = _drop_directions(rows, block)
         residuals[residuals <= negligible] = 0
         residuals[picks] = 0
     return picks
 
 
-def _pick_block(
-    rows: Tensor, residuals: Tensor, negligible: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Pick rows that surely come next; give them and their orthonormal directions.
+def _pick_block(rows: Tensor, residuals: Tensor, negligible: Tensor, count: int) -> Tensor:
+    """Pick rows that surely come next.
 
     Residuals only ever fall. So while the best of the candidates is above what the best other row
-    had at the start of the block, the other rows need no update.
+    had at the start of the block, the other rows need no update. Of the candidates' residuals only
+    the squared norms are made, by Cholesky's factorisation of their inner products.
     """
     ranked = residuals.argsort(descending=True, stable=True)
     candidates, others = ranked[:CANDIDATES].sort().values, residuals[ranked[CANDIDATES:]]
     among, residuals, negligible = (t[candidates] for t in (rows, residuals, negligible))
     floor = max(CANCELLED * float(residuals.max()), float(others[0]) if len(others) else 0.0)
-    directions = rows.new_empty(min(count, *among.shape), rows.shape[1])
+    factor = rows.new_empty(min(count, *among.shape), len(among))
     picks: list[int] = []
-    while len(picks) < len(directions):
-        largest = float(residuals.max())
+    while len(picks) < len(factor):
+        best = residuals.max()
+        first = (residuals >= (1 - TIED) * best).int().argmax()
+        largest, pick = float(best), int(first)
         if largest == 0 or (picks and largest < floor):
             break
-        pick = int((residuals >= (1 - TIED) * largest).int().argmax())
-        # Projected once: the floor bounds what this cancels, and the next block starts afresh.
-        taken = directions[: len(picks)]
-        direction = among[pick] - (taken @ among[pick]) @ taken
-        direction /= torch.linalg.vector_norm(direction)
-        directions[len(picks)] = direction
-        residuals -= (among @ direction).square_()
-        residuals.masked_fill_(residuals <= negligible, 0)
+        above = factor[: len(picks)]
+        row = torch.addmv(among @ among[pick], above.T, above[:, pick], alpha=-1)
+        row /= largest**0.5
+        factor[len(picks)] = row
+        residuals.addcmul_(row, row, value=-1).masked_fill_(residuals <= negligible, 0)
         residuals[pick] = 0
         picks.append(pick)
-    return candidates[picks], directions[: len(picks)]
+    return candidates[picks]
 
 
-def _drop_directions(rows: Tensor, directions: Tensor) -> Tensor:
-    """Rotate the rows so that the directions become their first coordinates, and drop those.
+def _drop_directions(rows: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the rows so that those picked span the first coordinates, and drop these.
 
     The rotation is a block of Householder reflections, I - V T V' (Schreiber & Van Loan 1989).
     """
-    count = len(directions)
-    reflectors, scales = torch.geqrf(directions.T)
+    count = len(picks)
+    reflectors, scales = torch.geqrf(rows[picks].T)
     reflectors = reflectors.tril(-1)
     reflectors.diagonal().fill_(1)
     inner = scales[:, None] * (reflectors.T @ reflectors).triu(1)
     triangle = torch.linalg.solve_triangular(inner, scales.diag(), upper=True, unitriangular=True)
-    product = (rows @ reflectors) @ triangle
-    return rows[:, count:].addmm_(product, reflectors[count:].T, alpha=-1)
+    scaled, residuals = (reflectors @ triangle).T, []
+    # The rows stay in the cache for all three. A product with the larger matrix on the right is
+    # several times faster on CPUs.
+    for part in torch.split(rows, CACHED):
+        product = (scaled @ part.T).T
+        part[:, count:].addmm_(product, reflectors[count:].T, alpha=-1)
+        residuals.append(_squares(part[:, count:]))
+    return rows[:, count:], torch.cat(residuals)
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.importance.moments import Moments, merged
+from tp_amp.algebra.moments import Halves
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.distributed import together
 from tp_amp.running.restoring import hooks
@@ -24,19 +24,20 @@ def hidden_moments(
     batches: Iterable[Any],
     *,
     progress: bool,
-) -> dict[str, Moments]:
+) -> dict[str, Halves]:
     """Moments of the inputs of some layers, over all tokens, of all ranks.
 
     Raises:
         ValueError: a layer is never called.
     """
-    moments: dict[str, Moments] = {name: Moments(name) for name in layers}
+    moments = {name: Halves(name) for name in layers}
+    images = 1
 
     def watch(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
             hidden = values.reshape(-1, values.shape[-1])
-            moments[name].add(hidden, hidden[:, :0])
+            moments[name].add(hidden, hidden[:, :0], images=images)
 
         return add
 
@@ -46,12 +47,14 @@ def hidden_moments(
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
         for inputs in stream(batches, model, description="covariances", progress=progress):
+            images = inputs.images
             inputs.call(model)
-        moments = {name: merged(f"the moments of {name}", m) for name, m in moments.items()}
+        moments = {name: m.merged(f"the moments of {name}") for name, m in moments.items()}
     for name, collected in moments.items():
-        if not collected.count:
+        if not collected.channels:
             raise ValueError(f"{name} was not called on the batches; leave it out of the layers")
-        if not bool(torch.isfinite(collected.inputs).all()):
+        counted = [half.inputs for half in collected.each if half.count]
+        if not all(bool(torch.isfinite(inputs).all()) for inputs in counted):
             raise ValueError(f"activations of {name} are not finite; check the images for NaN")
     return moments
 
@@ -77,7 +80,7 @@ def in_turns(widths: list[tuple[str, int]]) -> list[list[str]]:
     parts: list[list[str]] = []
     used = 0
     for name, width in widths:
-        size = 8 * width**2
+        size = 2 * 8 * width**2  # of both halves
         if not parts or used + size > _BYTES:
             parts.append([])
             used = 0

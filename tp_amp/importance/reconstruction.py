@@ -10,6 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from tp_amp.algebra.held_out import foreseen_errors
+from tp_amp.algebra.pivoting import gain_pivots
 from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
@@ -20,9 +22,6 @@ from tp_amp.structure.groups import group_layers
 
 logger = logging.getLogger(__name__)
 
-# A pivot below this share of the largest variance is rounding.
-_ROUNDING = 1e-12
-
 
 def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Order neurons so that each next one removes most of the output error that is left.
@@ -30,8 +29,8 @@ def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Te
     `y = W h` with covariance `C` of `h`. With the kept set `S`, the best affine reconstruction of
     the rest leaves the error `tr(W R W^T)`, `R = C - C_:S C_SS^-1 C_S:`. Taking neuron `j` as well
     lowers it by `|W R_:j|^2 / R_jj`. That is a Cholesky factorisation of `C` whose pivot is the
-    neuron with the largest gain; columns of `R` are made when they are needed, so `R` is never
-    formed.
+    neuron with the largest gain, made in panels of 64 pivots. Of gains that agree to twelve digits
+    the lower index comes first. Beside its arguments it takes about three matrices of `C`'s size.
 
     Args:
         covariance: of the hidden activation, `(hidden, hidden)`.
@@ -49,32 +48,16 @@ def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Te
         ([1, 0], [5.0, 1.0, 0.0])
     """
     covariance, weight = covariance.double(), weight.to(covariance.device).double()
-    hidden = len(covariance)
-    left = covariance.diagonal().clone()
-    smallest = float(left.max().clamp_min(0)) * _ROUNDING
-    product = weight @ covariance  # W R
-    error = (product * weight).sum()
-    factor = covariance.new_zeros(hidden, hidden)  # row k: the k-th column of Cholesky's factor
-    taken = torch.zeros(hidden, dtype=torch.bool, device=covariance.device)
-    order, errors = [], [error]
-    for step in range(hidden):
-        gain = product.square().sum(0) / left.clamp_min(smallest)
-        gain[taken | (left <= smallest)] = -1
-        pivot = int(gain.argmax())
-        if not float(gain[pivot]) >= 0:
-            break
-        column = covariance[:, pivot] - factor[:step].T @ factor[:step, pivot]
-        scale = left[pivot].sqrt()
-        row, gained = column / scale, product[:, pivot] / scale
-        factor[step] = row
-        left -= row.square()
-        product -= torch.outer(gained, row)
-        taken[pivot] = True
-        order.append(pivot)
-        errors.append(errors[-1] - gained.square().sum())
-    order += torch.nonzero(~taken).flatten().tolist()
-    errors += [errors[-1]] * (hidden + 1 - len(errors))
-    return torch.tensor(order), torch.stack(errors).clamp_min(0)
+    product = covariance @ weight.T
+    error = (product * weight.T).sum()
+    first, gains = gain_pivots(covariance, product)
+    rest = torch.ones(len(covariance), dtype=torch.bool, device=first.device)
+    rest[first] = False
+    falls = gains.new_zeros(len(covariance) + 1)
+    falls[0], falls[1 : len(gains) + 1] = error, -gains
+    # A sum that is made in parallel may rise by rounding.
+    errors = falls.cumsum(0).cummin(0).values.clamp_min(0)
+    return torch.cat([first, rest.nonzero().flatten()]).cpu(), errors
 
 
 class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -98,7 +81,8 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     Attributes:
         orders: module path of each layer -> its input channels, the best first `(in,)`.
         errors: module path -> what is lost (nats, or the mean squared output error where
-            `objective` is None) with the first 0, 1, ... channels kept, `(in + 1,)`.
+            `objective` is None) with the first 0, 1, ... channels kept, `(in + 1,)`; of layers that
+            saw fewer than ten tokens for each channel, as foreseen for other images.
 
     Raises:
         TypeError: `data` can't be iterated.
@@ -173,7 +157,9 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
                 weight: Any = named[name].weight
                 seen = weight.flatten(1).double()
                 seen = roots[name] @ seen if name in roots else seen
-                self.orders[name], errors = reconstruction_order(moments[name].inputs, seen)
+                order, errors = reconstruction_order(moments[name].whole.inputs, seen)
+                errors = foreseen_errors(errors, order, moments[name], seen)
+                self.orders[name] = order
                 self.errors[name] = (errors / 2 if name in roots else errors).cpu()
                 self._seen[name] = Fingerprint([weight])
         return self

@@ -16,8 +16,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import dependency
 
+from tp_amp.algebra.closed_form import Correction, Method
 from tp_amp.budget.budget import Budget
-from tp_amp.compensation.closed_form import Correction, Method
 from tp_amp.compensation.recipe import Recipe, apply
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.compensation.closed_form import Correction
-from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_weights
-from tp_amp.importance.moments import Moments, merged
+from tp_amp.algebra.closed_form import Correction
+from tp_amp.algebra.moments import Halves
+from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_weights, tell_few
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
@@ -40,14 +40,15 @@ class Compensator:
         if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
             self.places = place_weights(recipe, graph.model, layers, inputs)
-        self._moments: tuple[str, Moments] | None = None
+        self._told = False
+        self._moments: tuple[str, Halves] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
 
     def most_bytes(self, sites: Iterable[Site]) -> int:
-        """What the second moments of the widest layer take, in float64."""
+        """What the second moments of the widest layer take, in float64, for two halves."""
         if self.recipe.method == "none":
             return 0
-        return 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
+        return 2 * 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
 
     def correction(self, site: Site, kept: list[int]) -> Correction | None:
         """The correction of a site's `down` once only `kept` channels or heads are left."""
@@ -60,35 +61,40 @@ class Compensator:
             weight = down.weight.detach().flatten(1)[:, site.first : site.first + site.width]
             moments = self._hidden(site, down).after_cut(weight, kept)
         bias = down.bias is not None or self.recipe.add_bias
+        if moments.few and not self._told:
+            tell_few([site.down])
+            self._told = True
         return corrected(site.down, moments, self.recipe, bias)
 
-    def _hidden(self, site: Site, down: nn.Module) -> Moments:
+    def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:
-            moments = Moments(site.down)
-            for (values, _), weights in self._calls(site, down):
+            moments = Halves(site.down)
+            for (values, _), weights, images in self._calls(site, down):
                 hidden = values[:, site.first : site.first + site.width]
-                moments.add(hidden, hidden[:, :0], weights)
-            self._moments = site.down, merged(f"the moments of {site.down}", moments)
+                moments.add(hidden, hidden[:, :0], weights, images=images)
+            self._moments = site.down, moments.merged(f"the moments of {site.down}")
         return self._moments[1]
 
-    def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Moments:
+    def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Halves:
         if self._targets is None or self._targets[0] != site.down:
-            self._targets = site.down, [output for (_, output), _ in self._calls(site, down)]
-        moments = Moments(site.down)
+            self._targets = site.down, [output for (_, output), _, _ in self._calls(site, down)]
+        moments = Halves(site.down)
         with narrowed(self.graph, site, kept):
             calls = self._calls(site, down)
-            for target, ((hidden, output), weights) in zip(self._targets[1], calls, strict=True):
-                moments.add(hidden, target - output, weights)
-        return merged(f"the moments of {site.down}", moments)
+            for target, ((hidden, output), weights, images) in zip(
+                self._targets[1], calls, strict=True
+            ):
+                moments.add(hidden, target - output, weights, images=images)
+        return moments.merged(f"the moments of {site.down}")
 
     def _calls(
         self, site: Site, down: nn.Module
-    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None]]:
-        """What `down` reads and gives on each batch, and the weights of the tokens."""
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None, int]]:
+        """What `down` reads and gives on each batch, the tokens' weights, and how many images."""
         model: nn.Module = self.graph.model
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
                 call, _ = watch(model, model, site.down, batch, stop=True)
                 given = given_weights(self.recipe, batch)
                 places = repeated(self.places.get(site.down), len(call[0]))
-                yield call, places if given is None else given
+                yield call, places if given is None else given, batch.images

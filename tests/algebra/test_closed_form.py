@@ -3,74 +3,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from token_data import data, filled, normal, output_error
 from torch import Tensor
 
-from tp_amp.compensation.closed_form import METHODS, correct
-from tp_amp.compensation.recipe import Recipe
-from tp_amp.importance.moments import Moments
+from tp_amp.algebra.closed_form import METHODS, correct
+from tp_amp.algebra.moments import Moments
 
 TINY = 1e-13
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-
-
-def data(tokens: int = 60, inputs: int = 5, outputs: int = 3, seed: int = 0) -> tuple[Tensor, ...]:
-    """Correlated inputs with means, and residuals that depend on them in part."""
-    x = normal(tokens, inputs, seed=seed) @ normal(inputs, inputs, seed=seed + 1) + 2
-    r = x @ normal(inputs, outputs, seed=seed + 2) + normal(tokens, outputs, seed=seed + 3) + 1
-    return x, r
-
-
-def filled(x: Tensor, r: Tensor, weights: Tensor | None = None, batch: int = 1000) -> Moments:
-    moments = Moments()
-    for start in range(0, len(x), batch):
-        part = slice(start, start + batch)
-        moments.add(x[part], r[part], None if weights is None else weights[part])
-    return moments
-
-
-def assert_same(moments: Moments, x: Tensor, r: Tensor, rtol: float = 1e-11) -> None:
-    """Against torch.cov of all tokens at once."""
-    expected = torch.cov(torch.cat([x, r], 1).T, correction=0)
-    inputs = x.shape[1]
-    torch.testing.assert_close(moments.inputs, expected[:inputs, :inputs], rtol=rtol, atol=rtol)
-    torch.testing.assert_close(moments.cross, expected[inputs:, :inputs], rtol=rtol, atol=rtol)
-    torch.testing.assert_close(moments.mean_inputs, x.mean(0))
-    torch.testing.assert_close(moments.mean_residuals, r.mean(0))
-    assert moments.squares == pytest.approx(float(r.square().sum(1).mean()), rel=1e-12)
-    assert moments.count == len(x)
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7, 60])
-def test_streaming_moments_equal_the_covariance_of_all_tokens(batch: int) -> None:
-    x, r = data()
-    moments = filled(x, r, batch=batch)
-    assert_same(moments, x, r)
-    assert moments.tokens == 60
-
-
-@pytest.mark.parametrize("batch", [1, 7, 60])
-def test_weights_are_repeated_tokens(batch: int) -> None:
-    x, r = data()
-    weights = torch.arange(60) % 4
-    moments = filled(x, r, weights, batch)
-    assert_same(moments, x.repeat_interleave(weights, 0), r.repeat_interleave(weights, 0))
-    assert moments.tokens == 45
-
-
-def test_batch_without_weight_changes_nothing() -> None:
-    x, r = data()
-    moments = filled(x, r)
-    moments.add(x * 100, r, torch.zeros(60))
-    assert_same(moments, x, r)
-
-
-def test_wrong_number_of_weights_raises() -> None:
-    x, r = data()
-    with pytest.raises(ValueError, match="head: found 59 weights for 60 tokens"):
-        Moments("head").add(x, r, torch.ones(59))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,31 +19,10 @@ def test_no_tokens_raises(method: str) -> None:
         correct(Moments().add(x, r, torch.zeros(60)), method)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 60])
-def test_large_means_lose_no_digits(batch: int) -> None:
-    # Whole sixteenths, which stay exact beside a million.
-    x, r = ((16 * values).round() / 16 for values in data())
-    expected = torch.cov(x.T, correction=0)
-    moments = filled(x + 1e6, r - 1e6, batch=batch)
-    torch.testing.assert_close(moments.inputs, expected, rtol=1e-8, atol=1e-8)
-    expected = (r - r.mean(0)).T @ (x - x.mean(0)) / 60
-    torch.testing.assert_close(moments.cross, expected, rtol=1e-8, atol=1e-8)
-
-
-def test_float32_tokens_are_summed_in_double() -> None:
-    x, r = (values.float() for values in data(tokens=4000))
-    assert_same(filled(x, r, batch=3), x.double(), r.double())
-
-
 def lstsq(x: Tensor, r: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
     rows = np.hstack([x, np.ones((len(x), 1))]) if intercept else x.numpy()
     solution = torch.from_numpy(np.linalg.lstsq(rows, r.numpy(), rcond=None)[0])
     return (solution[:-1].T, solution[-1]) if intercept else (solution.T, torch.zeros(r.shape[1]))
-
-
-def output_error(x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    left = r - x @ weight.T - (0 if bias is None else bias)
-    return float(left.square().sum(1).mean())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -168,20 +86,6 @@ def test_ridge_is_least_squares_with_extra_rows(bias: bool, ridge: float) -> Non
         torch.testing.assert_close(correction.bias, mean_r - weight @ mean_x)
     measured = output_error(x, r, correction.weight, correction.bias)
     assert correction.error == pytest.approx(measured, rel=1e-10)
-
-
-def test_after_cut_equals_moments_gathered_from_the_kept() -> None:
-    hidden, _ = data(tokens=90, inputs=8)
-    weight, keep = normal(3, 8, seed=5), torch.tensor([6, 0, 3])
-    dropped = torch.tensor([1, 2, 4, 5, 7])
-    residuals = hidden[:, dropped] @ weight[:, dropped].T
-    cut = filled(hidden, hidden[:, :0], batch=7).after_cut(weight, keep)
-    assert_same(cut, hidden[:, keep], residuals)
-    assert cut.tokens == 90
-    for method in METHODS:
-        correction = correct(cut, method)
-        measured = output_error(hidden[:, keep], residuals, correction.weight, correction.bias)
-        assert correction.error == pytest.approx(measured, rel=1e-10)
 
 
 def test_error_is_the_trace_of_the_schur_complement() -> None:
@@ -259,21 +163,6 @@ def test_sound_ridge_is_kept_and_not_logged(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         assert correct(filled(*data()), "affine", ridge=0).ridge == 0
     assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "best"}, "compensation must be one of .* found 'best'"),
-        ({"method": None}, "compensation must be one of"),
-        ({"ridge": -1e-9}, "ridge must be zero or more, found -1e-09"),
-        ({"ridge": float("nan")}, "ridge must be zero or more, found nan"),
-        ({"token_weights": "cls"}, "token_weights must be .*, found 'cls'"),
-    ],
-)
-def test_bad_recipe_raises(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Recipe(**arguments)
 
 
 def test_what_hardly_varies_is_not_fitted() -> None:

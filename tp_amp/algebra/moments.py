@@ -9,6 +9,9 @@ from torch import Tensor
 
 from tp_amp.running.distributed import active, exchange
 
+# With fewer tokens for each channel, what is fitted to them fits them better than others.
+_ENOUGH = 10
+
 # Count, tokens, two means, and sums of products around the means.
 State = tuple[float, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]]
 
@@ -47,11 +50,7 @@ class Moments:
         Raises:
             ValueError: the weights are not one for each token.
         """
-        if weights is not None and weights.shape != (len(inputs),):
-            raise ValueError(
-                f"{self.name}: found {weights.numel()} weights for {len(inputs)} tokens; "
-                "token_weights must give one for each token that the layer reads"
-            )
+        check_weights(self.name, inputs, weights)
         if weights is not None:  # what padding holds must not matter, be it NaN
             seen = weights > 0
             inputs, residuals, weights = inputs[seen], residuals[seen], weights[seen]
@@ -104,7 +103,7 @@ class Moments:
         """
         weight = weight.detach().to(self.inputs)
         dropped = torch.ones(len(self.mean_inputs), dtype=torch.bool, device=weight.device)
-        index = torch.as_tensor(keep, device=weight.device)
+        index = torch.as_tensor(keep, dtype=torch.long, device=weight.device)
         dropped[index] = False
         lost = weight[:, dropped]
         cut = Moments(self.name)
@@ -114,14 +113,88 @@ class Moments:
         cut.cross = lost @ self.inputs[dropped][:, index]
         spread = ((lost @ self.inputs[dropped][:, dropped]) * lost).sum()
         cut.squares = float(spread + cut.mean_residuals.square().sum())
+        cut._means = cut.mean_inputs, cut.mean_residuals
+        cut._sums = cut.inputs * cut.count, cut.cross * cut.count, float(spread) * cut.count
         return cut
+
+
+class Halves:
+    """Moments of two halves of the images, so that what one half tells is judged on the other.
+
+    Args:
+        name: module path of the layer, for errors.
+
+    Example:
+        >>> halves = Halves().add(torch.randn(12, 3), torch.randn(12, 2), images=4)
+        >>> [half.tokens for half in halves.each], halves.whole.tokens
+        ([6, 6], 12)
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.each = Moments(name), Moments(name)
+        self._larger = 0  # which half the odd image of a batch goes to
+
+    def add(
+        self, inputs: Tensor, residuals: Tensor, weights: Tensor | None = None, *, images: int = 1
+    ) -> Halves:
+        """Add the tokens of some images, image after image, as `Moments.add` does.
+
+        Raises:
+            ValueError: as `Moments.add`.
+        """
+        check_weights(self.name, inputs, weights)
+        if len(inputs) % images:  # tokens that are no image's: all of the batch to one half
+            images = 1
+        first = images // 2 + (images % 2 if self._larger == 0 else 0)
+        self._larger ^= images % 2
+        place = first * (len(inputs) // images)
+        for half, part in zip(self.each, (slice(place), slice(place, None)), strict=True):
+            if len(inputs[part]):
+                half.add(inputs[part], residuals[part], None if weights is None else weights[part])
+        return self
+
+    @property
+    def whole(self) -> Moments:
+        """The moments over both halves."""
+        moments = Moments(self.name)
+        for half in self.each:
+            if (state := half.state()) is not None:
+                moments.merge(state)
+        return moments
+
+    @property
+    def channels(self) -> int:
+        """How many inputs a token has; 0 without any token."""
+        return next((len(half.mean_inputs) for half in self.each if half.count), 0)
+
+    @property
+    def few(self) -> bool:
+        """Whether a fit to these tokens must not be believed on them."""
+        return 0 < sum(half.tokens for half in self.each) < _ENOUGH * self.channels
+
+    def after_cut(self, weight: Tensor, keep: Sequence[int]) -> Halves:
+        """As `Moments.after_cut`, of both halves."""
+        cut = Halves(self.name)
+        first, second = (
+            half.after_cut(weight, keep) if half.count else Moments(self.name) for half in self.each
+        )
+        cut.each = first, second
+        return cut
+
+    def merged(self, where: str) -> Halves:
+        """The halves over all ranks' tokens, alike on all ranks."""
+        whole = Halves(self.name)
+        first, second = (merged(f"{where}, half {i}", half) for i, half in enumerate(self.each))
+        whole.each = first, second
+        return whole
 
 
 def merged(where: str, moments: Moments) -> Moments:
     """The moments over all ranks' tokens, alike on all ranks."""
     if not active():
         return moments
-    own, whole = moments.state(), type(moments)()
+    own, whole = moments.state(), Moments(moments.name)
     device = own[2][0].device if own else torch.device("cpu")
     for state in exchange(where, own):
         if state is not None:
@@ -129,3 +202,12 @@ def merged(where: str, moments: Moments) -> Moments:
             means = means[0].to(device), means[1].to(device)
             whole.merge((count, tokens, means, (sums[0].to(device), sums[1].to(device), sums[2])))
     return whole
+
+
+def check_weights(name: str, inputs: Tensor, weights: Tensor | None) -> None:
+    """Raise ValueError unless there is one weight for each token."""
+    if weights is not None and weights.shape != (len(inputs),):
+        raise ValueError(
+            f"{name}: found {weights.numel()} weights for {len(inputs)} tokens; "
+            "token_weights must give one for each token that the layer reads"
+        )

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tp_amp.importance.moments import Moments
+from tp_amp.algebra.moments import Moments
 
 logger = logging.getLogger(__name__)
 
