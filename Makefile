@@ -7,31 +7,47 @@ TESTS ?=
 CASES ?= 1000
 SEED ?= 0
 
-.PHONY: demo test lint types unit docs oldest cases coverage zoo clean
+.PHONY: demo test test-all lint types unit unit-all timing docs oldest cases coverage zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
-test: lint types unit docs
+# Each stage says what it is and about how long it takes on two cores.
+test: lint types unit timing docs
+	@echo "All of it passed; make test-all runs the slow unit tests too."
+
+# What CI runs: the slow tests too.
+test-all: lint types unit-all timing docs
 
 lint: $(VENV)/installed
+	@echo "Lint: some seconds"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 types: $(VENV)/installed
+	@echo "Types: half a minute at first, then some seconds"
 	$(BIN)/mypy
 
-# One process for each of two cores, each with one thread: models in tests are small. What compares
-# speeds runs alone.
-unit: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not timing"
-	for file in $$(grep -rl "mark.timing" --include="test_*.py" tests); do \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$file -m timing || exit 1; \
-	done
+# One process for each of two cores, each with one thread: models in tests are small. Each takes
+# tests that lie together, which share what is made for them. What takes more than ten seconds is
+# left to unit-all, and what compares speeds runs alone.
+unit: MARKS = not slow and not timing
+unit: SPAN = 6 minutes
+unit-all: MARKS = not timing
+unit-all: SPAN = 9 minutes
+unit unit-all: $(VENV)/installed
+	@echo "Unit tests: $(SPAN); a dot is a test"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)"
+
+timing: $(VENV)/installed
+	@echo "Timing tests: 2 minutes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing \
+		$$(grep -rl "mark.timing" --include="test_*.py" tests)
 
 # From the docstrings and docs, without the network; a warning is an error.
 docs: $(VENV)/installed
+	@echo "Documentation: half a minute"
 	$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees docs build/docs
 
 # With the oldest releases that are supported, in an environment of its own: the tests but for the
@@ -53,7 +69,7 @@ coverage: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=tp_amp --cov-report=term-missing:skip-covered \
 		--cov-report=html:build/coverage
 
-# Measures every model of the zoo and writes the table into the README.
+# Measures every model of the zoo and writes the table into docs/models.md.
 zoo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo_table.py
 

@@ -1,9 +1,10 @@
-"""With old releases: what they don't have yet is skipped, with the release in the reason."""
+"""What old releases don't have yet is skipped; and fixtures of the command line's tests."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import timm
@@ -24,3 +25,22 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         if newer and Version(timm.__version__) < Version("1.0.26"):
             pytest.skip(f"timm {timm.__version__}: {newer[0]}")
         raise
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tp-amp prune` writes."""
+    from command_line import PRUNE
+
+    from tp_amp.cli.main import main
+
+    folder = tmp_path_factory.mktemp("saved") / "small"
+    assert main([*PRUNE[:-1], str(folder), "--json"]) == 0
+    return folder

@@ -1,4 +1,4 @@
-"""Measure every model of the zoo and write the table into the README: `make zoo`."""
+"""Measure every model of the zoo and write the table into docs/models.md: `make zoo`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoo_checks import GROUPS, MIXING, check, run
 from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.structure.graph import build_graph
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "<!-- zoo -->"
 HEADER = (
     "| model | MLPs | difference | attentions | difference | attentions that keep their heads |\n"
@@ -72,9 +72,9 @@ def main() -> None:
     for group in GROUPS.values():
         entries |= group()
     rows = [measure(name, *entry) for name, entry in tqdm(entries.items(), disable=None)]
-    before, _, after = README.read_text().split(MARK)
+    before, _, after = PAGE.read_text().split(MARK)
     table = HEADER + "\n".join(rows)
-    README.write_text(f"{before}{MARK}\n{table}\n{MARK}{after}")
+    PAGE.write_text(f"{before}{MARK}\n{table}\n{MARK}{after}")
 
 
 if __name__ == "__main__":

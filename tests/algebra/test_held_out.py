@@ -44,36 +44,49 @@ def test_on_its_own_tokens_it_is_the_error_that_was_solved_for() -> None:
     assert expected_error(found, moments) == pytest.approx(found.error, rel=1e-9)
 
 
-@pytest.mark.parametrize(("images", "sizes"), [([4], [8, 8]), ([5], [12, 8]), ([1, 1], [4, 4])])
-def test_halves_are_of_whole_images_and_together_the_whole(
-    images: list[int], sizes: list[int]
-) -> None:
-    halves, whole, seen = Halves(), Moments(), []
-    for batch, count in enumerate(images):
-        x, r = tokens(4 * count, seed=batch)
-        halves.add(x, r, images=count)
+def dealt(images: int) -> Tensor:
+    """Every other image to the second half."""
+    return torch.arange(images) % 2 == 1
+
+
+def test_halves_are_of_whole_images_and_together_the_whole() -> None:
+    halves, whole, halved = Halves(), Moments(), (Moments(), Moments())
+    for seed, second in enumerate(([False, True, True], [True], [False, False])):
+        x, r = tokens(4 * len(second), seed=seed)
+        halves.add(x, r, second=torch.tensor(second))
         whole.add(x, r)
-        seen.append((x, r))
-    assert [half.tokens for half in halves.each] == sizes
-    x, r = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    first = Moments().add(x[: sizes[0]], r[: sizes[0]])
-    torch.testing.assert_close(halves.each[0].inputs, first.inputs)
+        for image, place in enumerate(second):
+            own = slice(4 * image, 4 * image + 4)
+            halved[place].add(x[own], r[own])
+    for found, expected in zip(halves.each, halved, strict=True):
+        assert found.tokens == expected.tokens == 12
+        torch.testing.assert_close(found.inputs, expected.inputs)
+        torch.testing.assert_close(found.cross, expected.cross)
     torch.testing.assert_close(halves.whole.inputs, whole.inputs)
     torch.testing.assert_close(halves.whole.cross, whole.cross)
-    assert halves.whole.tokens == whole.tokens
+    assert halves.whole.tokens == whole.tokens == 24
+
+
+def test_weights_go_with_their_tokens() -> None:
+    x, r = tokens(8)
+    weights = torch.rand(8, dtype=torch.float64)
+    second = torch.tensor([False, True])
+    halves = Halves().add(x, r, weights, second=second)
+    for half, own in zip(halves.each, (slice(4), slice(4, None)), strict=True):
+        torch.testing.assert_close(half.inputs, Moments().add(x[own], r[own], weights[own]).inputs)
 
 
 def test_tokens_that_are_no_images_are_not_torn_apart() -> None:
-    halves = Halves().add(*tokens(7), images=2).add(*tokens(7), images=2)
+    halves = Halves().add(*tokens(7), second=dealt(2)).add(*tokens(7), second=~dealt(2))
     assert [half.tokens for half in halves.each] == [7, 7]
 
 
 def test_cut_halves_are_the_halves_of_the_cut_layer() -> None:
     x, _ = tokens(40)
     weight, keep = torch.randn(3, 6, dtype=torch.float64), [0, 2, 5]
-    halves = Halves().add(x, x[:, :0], images=10).after_cut(weight, keep)
+    halves = Halves().add(x, x[:, :0], second=dealt(10)).after_cut(weight, keep)
     lost = x[:, [1, 3, 4]] @ weight[:, [1, 3, 4]].T
-    direct = Halves().add(x[:, keep], lost, images=10)
+    direct = Halves().add(x[:, keep], lost, second=dealt(10))
     for one, other in zip(halves.each, direct.each, strict=True):
         torch.testing.assert_close(one.cross, other.cross)
         assert one.squares == pytest.approx(other.squares)
@@ -85,7 +98,7 @@ def test_few_tokens_are_never_worse_than_the_mean_or_nothing_on_images_held_out(
     count: int,
 ) -> None:
     """Twelve channels rebuild twelve tokens exactly, and others not at all."""
-    halves = Halves().add(*tokens(count, inputs=12), images=count)
+    halves = Halves().add(*tokens(count, inputs=12), second=dealt(count))
     assert halves.few
     affine, *others = solvers("affine", bias=True, ridge=1e-4, name="")
     chosen = best_correction(halves, "affine")
@@ -97,14 +110,14 @@ def test_few_tokens_are_never_worse_than_the_mean_or_nothing_on_images_held_out(
 
 
 def test_many_tokens_are_solved_as_asked_for() -> None:
-    halves = Halves().add(*tokens(400), images=10)
+    halves = Halves().add(*tokens(400), second=dealt(10))
     assert not halves.few
     plain, chosen = correct(halves.whole, "affine"), best_correction(halves, "affine")
     assert torch.equal(plain.weight, chosen.weight)
 
 
 def test_a_single_image_corrects_the_mean_alone() -> None:
-    halves = Halves().add(*tokens(9), images=1)
+    halves = Halves().add(*tokens(9), second=dealt(1))
     found = best_correction(halves, "affine")
     assert not found.weight.any()
     assert found.bias is not None
@@ -123,7 +136,7 @@ def test_what_few_tokens_foresee_is_what_others_show() -> None:
 
     weight = torch.randn(8, 32, generator=generator, dtype=torch.float64)
     x = hidden(20, 0)
-    halves = Halves().add(x, x[:, :0], images=20)
+    halves = Halves().add(x, x[:, :0], second=dealt(20))
     order, errors = reconstruction_order(halves.whole.inputs, weight)
     found = foreseen_errors(errors, order, halves, weight)
     other = hidden(4000, 1)
@@ -139,7 +152,7 @@ def test_what_few_tokens_foresee_is_what_others_show() -> None:
 
 def test_foreseen_errors_of_many_tokens_stay() -> None:
     x = torch.randn(500, 6, dtype=torch.float64)
-    halves = Halves().add(x, x[:, :0], images=10)
+    halves = Halves().add(x, x[:, :0], second=dealt(10))
     weight = torch.randn(3, 6, dtype=torch.float64)
     order, errors = reconstruction_order(halves.whole.inputs, weight)
     assert foreseen_errors(errors, order, halves, weight) is errors

@@ -77,6 +77,7 @@ def test_load_split_tells_what_is_missing(tmp_path):
         cifar.load_split(tmp_path, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), [("vit", "parquet"), ("swin", "folders")])
 def test_criteria(name, layout, tmp_path, capsys):
     model = random_reference(name)
@@ -273,6 +274,7 @@ def layer_widths(model):
     return dimensions, [block.mlp.fc1.out_features for block in blocks]
 
 
+@pytest.mark.slow
 def test_uniform_cut_takes_the_same_share_of_each_layer():
     dense = random_reference("swin")
     dimensions, hidden = layer_widths(dense)
@@ -328,6 +330,7 @@ def test_zeroed_changes_a_copy():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.5"),
     reason="torch 2.4 rounds otherwise, and one of the images lies between two classes",
@@ -376,6 +379,7 @@ def test_compensation(tmp_path, capsys):
     assert again["images"] == record["images"]
 
 
+@pytest.mark.slow
 def test_distill(tmp_path, capsys):
     model = random_reference("vit")
     reference.save_reference(model, "vit", {}, tmp_path)

@@ -38,6 +38,7 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     assert record["planned"] == dict.fromkeys(scale.PLANNED, towers)
 
 
+@pytest.mark.slow
 @judges_shapes
 @pytest.mark.skipif(sys.platform == "win32", reason="has no resource")
 def test_a_tower_is_planned_without_weights():

@@ -14,6 +14,7 @@ def test_steps_off():
     assert search.steps_off({"a": 40, "b": 320}, {"a": 41, "b": 300}, dense) == 2.0
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "STEPS", 2)
     reference.save_reference(random_reference("vit"), "vit", {}, tmp_path)

@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
+from pictures import encoded, numbers, picture, to_tensor, two_classes
 
 from tp_amp.data.drawing import draw
 from tp_amp.data.images import open_images
 
 
-def picture(number: int, mode: str = "RGB") -> Image.Image:
-    """A picture of one colour, that tells which it is."""
-    return Image.new("RGB", (6, 6), (number, 0, 0)).convert(mode)
-
-
-def encoded(number: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def to_tensor(found: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(found)).permute(2, 0, 1)
-
-
-def numbers(batches: list[Any]) -> list[int]:
-    tensors = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
-    return torch.cat(tensors)[:, 0, 0, 0].tolist()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve pictures: 0 to 5 are of class a, 6 to 11 of class b, two of these one level deeper."""
-    for number in range(12):
-        place = tmp_path / ("a" if number < 6 else "b") / ("deep" if number > 9 else "")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:02}.png").write_bytes(encoded(number))
-    (tmp_path / "a" / "notes.txt").write_text("no picture")
-    (tmp_path / "a" / "._00.png").write_text("what a Mac leaves")
-    return tmp_path
+    return two_classes(tmp_path)
 
 
 def test_a_folder_with_classes(folder: Path) -> None:
@@ -63,63 +33,10 @@ def test_a_folder_with_classes(folder: Path) -> None:
     assert numbers(one) != sorted(numbers(one))
 
 
-def test_draws_are_seeded(folder: Path) -> None:
-    def drawn(seed: int) -> list[list[int]]:
-        return [numbers(s) for s in draw(open_images(str(folder)), to_tensor, (4, 3), seed=seed)]
-
-    assert drawn(0) == drawn(0) != drawn(1)
-    assert len({*drawn(0)[0], *drawn(0)[1]}) == 7
-
-
 def test_no_classes_where_pictures_lie_beside_the_folders(folder: Path) -> None:
     (folder / "extra.png").write_bytes(encoded(12))
     assert open_images(str(folder)).classes is None
     assert open_images(str(folder / "a")).classes is None
-
-
-def test_fewer_images_than_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sets = draw(open_images(str(folder)), to_tensor, (256, 128))
-    assert [len(numbers(s)) for s in sets] == [8, 4]
-    assert "12 images are there, 256 + 128 were asked for: taking 8 + 4" in caplog.text
-
-
-def test_no_batch_of_one_image(folder: Path) -> None:
-    [only] = draw(open_images(str(folder)), to_tensor, (9,), batch_size=4)
-    assert [len(batch) for batch in only] == [3, 3, 3]
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", encoded(3)[:45]])
-def test_corrupt_images(folder: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "a" / "03.png").write_bytes(content)
-    found = open_images(str(folder))
-    with pytest.raises(ValueError, match=r"03\.png can't be decoded.*--skip-corrupt"):
-        draw(found, to_tensor, (8, 4))
-    sets = draw(found, to_tensor, (8, 4), skip_corrupt=True)
-    assert sorted(numbers(sets[0] + sets[1])) == [n for n in range(12) if n != 3]
-    assert "1 corrupt images are left out" in caplog.text
-    # Where there are others, they take its place.
-    sets = draw(found, to_tensor, (7, 4), skip_corrupt=True)
-    assert [len(numbers(s)) for s in sets] == [7, 4]
-
-
-def test_too_few_readable_images(tmp_path: Path) -> None:
-    (tmp_path / "one.png").write_bytes(encoded(1))
-    with pytest.raises(ValueError, match="1 readable images are too few: 2 sets"):
-        draw(open_images(str(tmp_path)), to_tensor, (8, 4))
-
-
-def test_pictures_are_converted(tmp_path: Path) -> None:
-    picture(200, "P").save(tmp_path / "palette.gif")
-    picture(200, "LA").save(tmp_path / "alpha.png")
-    modes = []
-
-    def transform(found: Image.Image) -> Tensor:
-        modes.append(found.mode)
-        return torch.zeros(1)
-
-    draw(open_images(str(tmp_path)), transform, (1, 1))
-    draw(open_images(str(tmp_path)), transform, (1, 1), mode="L")
-    assert modes == ["RGB", "RGB", "L", "L"]
 
 
 @pytest.mark.parametrize("struct", [True, False])
@@ -148,13 +65,6 @@ def test_a_corrupt_row_is_named(tmp_path: Path) -> None:
         draw(open_images(str(path)), to_tensor, (1, 1, 1, 1))
     [a, b] = draw(open_images(str(path)), to_tensor, (1, 1), skip_corrupt=True)
     assert sorted(numbers(a) + numbers(b)) == [0, 1]
-
-
-def test_a_missing_label_is_told(tmp_path: Path) -> None:
-    table = pyarrow.table({"image": [encoded(0), encoded(1)], "label": [0, None]})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="some images have no label"):
-        draw(open_images(str(tmp_path)), to_tensor, (2,), labelled=True)
 
 
 @pytest.mark.parametrize("saved", ["dataset", "dict"])

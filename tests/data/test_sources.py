@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -14,11 +14,10 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from saved_models import save
 from torch import nn
 from toys import fingerprint, perturbed, toy
 
-import tp_amp
-from tp_amp.data.hugging_face import _image_class
 from tp_amp.data.sources import load
 from tp_amp.data.weights import load_weights
 
@@ -79,84 +78,6 @@ def test_open_clip_prepares_images_as_the_weights_need_it(tmp_path: Path) -> Non
     for each in (loaded, load(str(tmp_path))):
         white = each.transform(Image.new("RGB", (64, 64), (255, 255, 255)))
         torch.testing.assert_close(white, torch.ones(3, 32, 32))
-
-
-def save(loaded: Any, folder: Path) -> tp_amp.PruningPlan:
-    importance = tp_amp.DIMAPImportance()
-    plan = tp_amp.plan_from_importance(loaded.model, loaded.blank(), importance, 0.5)
-    tp_amp.apply_plan(loaded.model, loaded.blank(), plan)
-    origin = {"library": loaded.library, "name": loaded.name, "arguments": loaded.arguments}
-    tp_amp.save_pruned(loaded.model, folder, plan, **origin)
-    if loaded.processor:
-        loaded.processor.save_pretrained(folder)
-    return plan
-
-
-@pytest.fixture
-def hugging_face(tmp_path: Path) -> Path:
-    transformers = pytest.importorskip("transformers")
-    plain = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.ViTConfig(
-        **plain, intermediate_size=80, image_size=32, patch_size=8, num_labels=4
-    )
-    torch.manual_seed(0)
-    perturbed(transformers.ViTForImageClassification(config)).save_pretrained(tmp_path / "vit")
-    size = {"height": 32, "width": 32}
-    processor = transformers.ViTImageProcessor(size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-    processor.save_pretrained(tmp_path / "vit")
-    return tmp_path / "vit"
-
-
-def test_hugging_face(hugging_face: Path, tmp_path: Path) -> None:
-    loaded = load(f"hf:{hugging_face}", pretrained=True)
-    stored = safetensors.torch.load_file(hugging_face / "model.safetensors")
-    assert torch.equal(loaded.model.state_dict()["classifier.weight"], stored["classifier.weight"])
-    red = Image.new("RGB", (64, 64), (255, 0, 0))
-    expected = torch.tensor([1.0, 0.0, 0.0])
-    torch.testing.assert_close(loaded.transform(red)[:, 5, 5], expected)
-    plan = save(loaded, tmp_path / "small")
-    again = load(str(tmp_path / "small"))
-    assert again.plan == plan
-    torch.testing.assert_close(again.transform(red)[:, 5, 5], expected)
-    with torch.no_grad():
-        outputs = [each.model.eval()(loaded.blank()).logits for each in (loaded, again)]
-    # On torch 2.4 attention rounds by where its tensors lie.
-    torch.testing.assert_close(*outputs, rtol=0, atol=0 if torch.__version__ >= "2.5" else 1e-6)
-
-
-def test_hugging_face_with_random_weights(hugging_face: Path) -> None:
-    loaded = load(f"hf:{hugging_face}", arguments={"num_hidden_layers": 1, "image_size": 48})
-    assert len(tp_amp.find_mlps(loaded.model, loaded.blank())) == 1
-    assert loaded.blank().shape == (1, 3, 48, 48)
-    with pytest.raises(ValueError, match=r"has no arguments \['widht'\]"):
-        load(f"hf:{hugging_face}", arguments={"widht": 1})
-
-
-def test_hugging_face_without_a_processor(
-    hugging_face: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (hugging_face / "preprocessor_config.json").unlink()
-    white = load(f"hf:{hugging_face}").transform(Image.new("RGB", (64, 64), (255, 255, 255)))
-    torch.testing.assert_close(white, torch.ones(3, 32, 32))
-    assert "has no image processor" in caplog.text
-
-
-def test_hugging_face_clip_is_its_image_tower(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.CLIPConfig(
-        text_config={**small, "vocab_size": 50},
-        vision_config={**small, "image_size": 32, "patch_size": 8, "intermediate_size": 80},
-    )
-    model = transformers.CLIPModel(config)
-    model.save_pretrained(tmp_path)
-    for pretrained in (True, False):
-        loaded = load(f"hf:{tmp_path}", pretrained=pretrained)
-        assert type(loaded.model).__name__ == "CLIPVisionModel"
-        assert len(tp_amp.find_mlps(loaded.model, loaded.blank())) == 1
-        name = "vision_model.encoder.layers.0.mlp.fc1.weight"
-        weights = {k: v for k, v in loaded.model.state_dict().items() if name.endswith(k)}
-        assert [torch.equal(v, model.state_dict()[name]) for v in weights.values()] == [pretrained]
 
 
 @pytest.mark.parametrize(
@@ -257,18 +178,3 @@ def test_wrong_weights_are_told(tmp_path: Path, name: str, content: Any, message
     with pytest.raises(ValueError, match=message):
         load_weights(model, str(path))
     assert fingerprint(model) == before
-
-
-class Config:
-    architectures: ClassVar[list[str]] = []
-
-
-def test_a_checkpoint_without_a_known_image_class_is_told() -> None:
-    with pytest.raises(ValueError, match="hf:x does not say its class"):
-        _image_class("x", Config())
-    config = Config()
-    config.architectures = ["LlamaThing"]
-    with pytest.raises(
-        ValueError, match="hf:x is a LlamaThing, of which transformers has no image"
-    ):
-        _image_class("x", config)

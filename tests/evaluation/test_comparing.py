@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch_pruning as tp
+from comparisons import LastFirst, batches, compare
 from torch import Tensor, nn
 from toys import fingerprint, images, masked, toy
 
 import tp_amp
 from tp_amp.evaluation import comparing
-from tp_amp.importance.readiness import forget, make_ready
 
 DOWNS = ("blocks.0.mlp.second", "blocks.1.mlp.second")
-
-
-class LastFirst(tp.importance.Importance):
-    """Keeps the last channels."""
-
-    def __call__(self, group: Any) -> Tensor:
-        return torch.arange(len(group[0].idxs)).float()
 
 
 class Broken(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor:
         raise RuntimeError("no scores\ntoday")
-
-
-def batches(seed: int = 1, labels: bool = False) -> list[Any]:
-    pictures = images(12, seed=seed)
-    classes = torch.randint(5, (12,), generator=torch.Generator().manual_seed(seed))
-    if labels:
-        return list(zip(pictures.split(4), classes.split(4), strict=True))
-    return list(pictures.split(4))
-
-
-def compare(importances: Any, **further: Any) -> tp_amp.Comparison:
-    arguments = {"evaluation": batches(2), "fractions": [0.5, 0.2], "progress": False, **further}
-    return tp_amp.compare(toy(), images(1), importances, batches(), **arguments)
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(0.5, range(10, 20)), (0.2, range(16, 20))])
@@ -149,22 +126,6 @@ def test_other_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.importance for row in found.rows] == ["good"]
 
 
-def test_table_json_and_picture(tmp_path: Path) -> None:
-    found = compare({"one": LastFirst(), "two": tp.importance.LAMPImportance()})
-    lines = str(found).splitlines()
-    assert lines[1].split() == ["MLP", "channels", "kept", "100%", "50%", "20%"]
-    assert lines[3].split() == ["one", "1.0000", *(f"{r.value:.4f}" for r in found.rows[:2])]
-    record = json.loads(found.to_json())
-    assert [row["value"] for row in record["rows"]] == [row.value for row in found.rows]
-    found.plot(tmp_path / "plot.svg")
-    picture = (tmp_path / "plot.svg").read_text()
-    assert "<!-- one -->" in picture
-    assert "<!-- two -->" in picture
-    with pytest.raises(ValueError, match="not supported"):
-        found.plot(tmp_path / "plot.unknown")
-    assert [path.name for path in tmp_path.iterdir()] == ["plot.svg"]
-
-
 @pytest.mark.parametrize(
     ("importances", "further", "message"),
     [
@@ -182,81 +143,3 @@ def test_a_model_without_mlps_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ValueError, match="no MLP was found in Sequential"):
         tp_amp.compare(model, images(1), [LastFirst()], batches())
-
-
-def test_taylor_sums_the_gradients_of_all_batches() -> None:
-    model, data = toy().requires_grad_(False).train(), batches(labels=True)
-    make_ready(tp.importance.TaylorImportance(), model, data, progress=False)
-    reference = toy()
-    for x, y in data:
-        nn.functional.cross_entropy(reference(x), y).backward()
-    for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
-        assert not found.requires_grad
-    assert model.training
-    forget(model)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_labels_in_dicts_and_out_of_range() -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = toy()
-
-        def forward(self, pixel_values: Tensor) -> Tensor:
-            return self.inner(pixel_values)
-
-    model, (x, y) = Named(), batches(labels=True)[0]
-    taylor = tp.importance.TaylorImportance()
-    make_ready(taylor, model, [{"pixel_values": x, "labels": y}], progress=False)
-    reference = toy()
-    nn.functional.cross_entropy(reference(x), y).backward()
-    torch.testing.assert_close(model.inner.head.weight.grad, reference.head.weight.grad)
-    with pytest.raises(ValueError, match=r"labels lie between .* the model has 5 classes"):
-        make_ready(taylor, model, [(x, y + 3)], progress=False)
-
-
-def test_activation_sums_all_batches() -> None:
-    model, seen = toy(), []
-    down = model.blocks[0].mlp.second
-    handle = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
-    for batch in batches():
-        model(batch)
-    handle.remove()
-    importance = tp.pruner.importance.ActivationImportance()
-    make_ready(importance, model, batches(), progress=False)
-    expected = sum(h.abs().sum((0, 1)) for h in seen)
-    torch.testing.assert_close(down._importance, expected)
-
-
-def test_what_cannot_be_made_ready_is_told() -> None:
-    with pytest.raises(ValueError, match="hooks of its own"):
-        make_ready(tp.importance.OBDCImportance(num_classes=5), toy(), batches())
-
-
-def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare({"one": LastFirst()}, fractions=[0.5])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"install tp-amp\[cli\]"):
-        found.plot("never.png")
-
-
-class Recorder(tp.importance.HessianImportance):
-    """Keeps each image's gradient, of which Torch-Pruning's own sum keeps the last alone."""
-
-    def accumulate_grad(self, model: nn.Module) -> None:
-        self.seen = [*getattr(self, "seen", []), model.head.weight.grad.clone()]
-
-
-@pytest.mark.parametrize("form", ["tuple", "dict"])
-def test_hessian_reads_batches_image_by_image(form: str) -> None:
-    x, labels = images(5), torch.tensor([0, 1, 2, 3, 4])
-    importance, model = Recorder(), toy()
-    batch = (x, labels) if form == "tuple" else {"x": x, "labels": labels}
-    make_ready(importance, toy(), [batch], progress=False)
-    assert len(importance.seen) == 5
-    for i, found in enumerate(importance.seen):
-        loss = nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1])
-        expected = torch.autograd.grad(loss, model.head.weight)[0]
-        torch.testing.assert_close(found, expected)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from block_models import hugging_face, old_hugging_face, swin, vit
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils import prune
@@ -20,79 +21,6 @@ from tp_amp.structure.attention.blocks import find_attention_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def vit(**arguments: Any) -> Any:
-    torch.manual_seed(0)
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | arguments
-    return timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5, **arguments).eval()
-
-
-def swin(name: str = "swin_tiny_patch4_window7_224", **arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return timm.create_model(
-        name,
-        img_size=32,
-        patch_size=2,
-        window_size=2,
-        embed_dim=8,
-        depths=(2, 1, 1, 1),
-        num_heads=(1, 2, 2, 4),
-        num_classes=5,
-        **arguments,
-    ).eval()
-
-
-def hugging_face(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    if kind == "vit":
-        config = transformers.ViTConfig(
-            image_size=32,
-            patch_size=8,
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=40,
-        )
-        return transformers.ViTForImageClassification(config).eval()
-    config = transformers.SwinConfig(
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[2, 1, 1, 1],
-        num_heads=[1, 2, 2, 4],
-        window_size=2,
-    )
-    return transformers.SwinForImageClassification(config).eval()
-
-
-class OldAttention(nn.Module):
-    """Names and nesting of Hugging Face's layers before version 5."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention = nn.Module()
-        for name in ("query", "key", "value"):
-            setattr(self.attention, name, nn.Linear(width, width))
-        self.attention.num_attention_heads = 3
-        self.output = nn.Module()
-        self.output.dense = nn.Linear(width, width)
-
-
-def old_hugging_face(width: int = 12, hidden: int = 20) -> nn.Module:
-    model = nn.Module()
-    model.layer = nn.ModuleList()
-    for _ in range(2):
-        block = nn.Module()
-        block.attention = OldAttention(width)
-        block.intermediate = nn.Module()
-        block.intermediate.dense = nn.Linear(width, hidden)
-        block.output = nn.Module()
-        block.output.dense = nn.Linear(hidden, width)
-        model.layer.append(block)
-    model.pooler = nn.Linear(width, width)
-    return model
 
 
 def by_definition(energies: list[float]) -> list[float]:
@@ -304,15 +232,6 @@ def test_a_share_of_zero_leaves_the_module_out() -> None:
     assert [block.attn.qkv.out_features for block in model.blocks] == [72, 72]
     assert sum(block.mlp.fc1.out_features for block in model.blocks) == 96
     assert model(IMAGE).shape == (1, 5)
-
-
-def test_bad_scopes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"mlp must be a share .* below 1, found 1"):
-        tp_amp.dimap_scopes(vit(), 0.5, 1)
-    with pytest.raises(ValueError, match=r"attention must be a share .*, found -0\.1"):
-        tp_amp.dimap_scopes(vit(), -0.1, 0.5)
-    with pytest.raises(ValueError, match=r"blocks\.0 tells its number of heads neither"):
-        tp_amp.dimap_scopes(toy(), 0.5, 0.5)
 
 
 MODELS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -14,12 +13,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from saved_models import planned, saved_vit, vit
 from torch import nn
-from toys import fingerprint, images, perturbed, toy
-from zoo import SWIN_HEADS, TIMM, TINY, hugging_face_models, open_clip_models, torchvision_models
+from toys import images, perturbed, toy
+from zoo import SWIN_HEADS, TIMM, hugging_face_models, open_clip_models, torchvision_models
 from zoo_checks import run
 
 import tp_amp
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return saved_vit(tmp_path)
+
 
 FAMILIES = (
     *("vit", "swin", "swinv2", "dinov2_giant", "eva02", "eva02_clip", "beit", "dinov3", "siglip"),
@@ -31,14 +37,6 @@ FAMILIES = (
 
 def entries() -> dict[str, Any]:
     return {**TIMM, **open_clip_models(), **torchvision_models(), **hugging_face_models()}
-
-
-def planned(model: nn.Module, inputs: Any) -> tp_amp.PruningPlan:
-    """Half of every MLP, and one head less in every attention that can lose one."""
-    inspected = tp_amp.inspect(model, inputs)
-    widths = {mlp.down: max(1, mlp.width // 2) for mlp in inspected.mlps}
-    widths |= {attention.down: attention.width - 1 for attention in inspected.attentions}
-    return tp_amp.plan_from_importance(model, inputs, tp_amp.DIMAPImportance(), widths)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -100,81 +98,6 @@ def test_transformers_models_build_themselves(tmp_path: Path) -> None:
         assert torch.equal(run(again.eval(), inputs), run(model.eval(), inputs))
 
 
-@pytest.mark.parametrize("every_linear", [False, True])
-def test_a_bias_that_compensation_added_comes_back(every_linear: bool, tmp_path: Path) -> None:
-    model = toy(bias=False)
-    dense = copy.deepcopy(model)
-    plan = tp_amp.plan_from_importance(model, images(1), tp_amp.DIMAPImportance(), 0.5)
-    options = {"add_bias": True, "every_linear": every_linear}
-    tp_amp.compensate(model, plan, [images(40)], progress=False, **options)
-    tp_amp.save_pruned(model, tmp_path, plan)
-    tp_amp.load_pruned(dense, tmp_path)
-    assert torch.equal(dense(images()), model(images()))
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY)
-    inputs = images(1, size=32, channels=3)
-    plan = planned(model, inputs)
-    tp_amp.apply_plan(model, inputs, plan)
-    tp_amp.save_pruned(model, tmp_path, plan)
-    return tmp_path
-
-
-def vit(**arguments: Any) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, **{**TINY, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"depth": 1}, r"has no layer blocks\.1\.mlp\.fc2; build the same dense model"),
-        ({"mlp_ratio": 2}, "has 128 input channels, the dense model had 256"),
-    ],
-)
-def test_another_architecture_is_refused(
-    saved: Path, arguments: dict[str, Any], message: str
-) -> None:
-    model = vit(**arguments)
-    before = fingerprint(model)
-    with pytest.raises(ValueError, match=message):
-        tp_amp.load_pruned(model, saved)
-    assert fingerprint(model) == before
-
-
-def test_other_classes_are_refused(saved: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit the model or is damaged"):
-        tp_amp.load_pruned(vit(num_classes=7), saved)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "plan.json"])
-@pytest.mark.parametrize("length", [0, 0.5])
-def test_truncated_files_are_refused(saved: Path, name: str, length: float) -> None:
-    content = (saved / name).read_bytes()
-    (saved / name).write_bytes(content[: int(len(content) * length)])
-    with pytest.raises(ValueError, match=r"damaged|not JSON"):
-        tp_amp.load_pruned(vit(), saved)
-
-
-def test_a_newer_format_and_missing_files_are_told(saved: Path) -> None:
-    record = json.loads((saved / "plan.json").read_text())
-    (saved / "plan.json").write_text(json.dumps({**record, "format": 99}))
-    with pytest.raises(ValueError, match="format 99, this tp_amp reads 1; upgrade"):
-        tp_amp.load_pruned(vit(), saved)
-    (saved / "plan.json").unlink()
-    with pytest.raises(ValueError, match=r"holds no plan\.json"):
-        tp_amp.load_pruned(vit(), saved)
-
-
-def test_a_damaged_plan_is_refused(saved: Path) -> None:
-    record = json.loads((saved / "plan.json").read_text())
-    record["keep"]["blocks.0.mlp.fc2"][0] = 9999
-    (saved / "plan.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="must be distinct and within"):
-        tp_amp.load_pruned(vit(), saved)
-
-
 def test_a_failed_save_leaves_the_earlier_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     plan = tp_amp.PruningPlan.from_json((saved / "plan.json").read_text())
@@ -208,63 +131,3 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     tp_amp.save_pruned(model, tmp_path, plan)
     with pytest.raises(ValueError, match="does not say where its model came from"):
         tp_amp.create_model(tmp_path)
-
-
-def test_precision_and_timm_arguments_come_back(tmp_path: Path) -> None:
-    model = vit().bfloat16()
-    inputs = images(1, size=32, channels=3).bfloat16()
-    plan = planned(model, inputs)
-    tp_amp.apply_plan(model, inputs, plan)
-    arguments = {**TINY, "img_size": 32, "pretrained": True}
-    name = "vit_tiny_patch16_224"
-    tp_amp.save_pruned(model, tmp_path, plan, library="timm", name=name, arguments=arguments)
-    again = tp_amp.create_model(tmp_path)
-    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    with torch.no_grad():
-        assert torch.equal(again.eval()(inputs), model.eval()(inputs))
-
-
-def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no source\.json; it is no folder of save_pruned"):
-        tp_amp.create_model(tmp_path)
-
-
-def test_a_plan_with_a_list_for_a_number_is_refused(saved: Path) -> None:
-    """Found by damaging folders at random."""
-    path = saved / "plan.json"
-    text = path.read_text()
-    assert '"first": 0' in text
-    path.write_text(text.replace('"first": 0', '"first": [0]', 1))
-    with pytest.raises(ValueError, match=r"expected <class 'int'>, found \[0\]"):
-        tp_amp.load_pruned(vit(), saved)
-
-
-@pytest.mark.parametrize("kind", ["MLP", "Attention"])
-def test_each_value_of_a_damaged_site_is_refused_or_harmless(kind: str, saved: Path) -> None:
-    """Found by damaging folders at random: layers of None or another kind raised anything."""
-    whole = json.loads((saved / "plan.json").read_text())
-    (down, *_) = (name for name, record in whole["sites"].items() if record["kind"] == kind)
-    inputs = images(1, size=32, channels=3)
-    pruned = vit().eval()
-    tp_amp.load_pruned(pruned, saved)
-    expected = pruned(inputs)
-    model, refused = vit().eval(), 0
-
-    def state() -> Any:
-        return str(model), [(p.requires_grad, p._version, p.data_ptr()) for p in model.parameters()]
-
-    for name in whole["sites"][down]:
-        for value in (None, "", "x", [], ["x"], {}, -1, 0, 3, "norm", ["norm"]):
-            damaged = copy.deepcopy(whole)
-            damaged["sites"][down][name] = value
-            (saved / "plan.json").write_text(json.dumps(damaged))
-            before = state()
-            try:
-                tp_amp.load_pruned(model, saved)
-            except ValueError:
-                assert state() == before
-                refused += 1
-            else:
-                torch.testing.assert_close(model(inputs), expected)
-                model = vit().eval()
-    assert refused > 80

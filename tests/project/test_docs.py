@@ -1,18 +1,35 @@
-"""The pages know every public name and every module; `make docs` builds them."""
+"""The pages know every public name and every module, their links lead somewhere, and what they tell
+to type works; `make docs` builds them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+from docs_blocks import commands, pages, python_blocks, run_python, shell_blocks
+
 import tp_amp
+from tp_amp.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs"
+README = ROOT / "README.md"
+PROSE = [README, ROOT / "CONTRIBUTING.md", ROOT / "UPSTREAM.md", *pages()]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def modules() -> list[tuple[str, str]]:
+    """Every module with its folder, as they are written in the table of modules."""
+    paths = [path.relative_to(ROOT / "tp_amp") for path in (ROOT / "tp_amp").rglob("*.py")]
+    return sorted((str(path.parent), path.stem) for path in paths if "__" not in path.stem)
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def test_reference_has_every_public_name_once() -> None:
@@ -23,24 +40,70 @@ def test_reference_has_every_public_name_once() -> None:
 
 def test_architecture_has_every_module_once() -> None:
     page = (PAGES / "architecture.md").read_text()
-    listed = re.findall(r"^\| [a-z ]+ \| `(\w+)` \| .+ \|$", page, re.MULTILINE)
-    assert sorted(listed) == sorted(path.stem for path in (ROOT / "tp_amp").glob("*.py"))
+    listed = re.findall(r"^\| `?([a-z/.]+?)/?`? \| `(\w+)` \| .+ \|$", page, re.MULTILINE)
+    assert sorted(listed) == modules()
 
 
 def test_the_picture_names_modules_and_names_that_exist() -> None:
     picture = (PAGES / "architecture.svg").read_text()
-    named = re.findall(r'class="code"[^>]*>([^<]+)<', picture)
-    words = {word for text in named for word in re.findall(r"\w+", text)}
-    modules = {path.stem for path in (ROOT / "tp_amp").glob("*.py")}
+    written = re.findall(r'class="code"[^>]*>([^<]+)<', picture)
+    words = {word for text in written for word in re.findall(r"\w+", text)}
+    known = {word for folder, module in modules() for word in (*folder.split("/"), module)}
     assert words
-    assert words <= modules | set(tp_amp.__all__)
+    assert words <= known | set(tp_amp.__all__)
 
 
 def test_contributing_names_commands_and_files_that_exist() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    commands = set(re.findall(r"\bmake ([a-z]+)", page))
+    named = set(re.findall(r"\bmake ([a-z-]+)", page))
     files = {word for word in re.findall(r"`([\w./]+)`", page) if "/" in word or ".md" in word}
-    assert commands
-    assert commands <= targets()
+    files = {file for file in files if Path(file).suffix}
+    assert named
+    assert named <= targets()
     assert {"tests/zoo.py", "tests/importance/test_importances.py"} <= files
-    assert all((ROOT / file).exists() for file in files), files
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        if link.startswith(("http", "mailto")):
+            continue
+        path, _, place = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if place:
+            assert place in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that can be linked to, as GitHub and myst name them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+WITH_PYTHON = [page for page in (README, *pages()) if python_blocks(page)]
+WITH_SHELL = [page for page in (README, *pages()) if shell_blocks(page)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+@pytest.mark.filterwarnings("ignore")
+def test_python_blocks_run(page: Path, here: Path) -> None:
+    expected = sum(reason is None for _, _, reason in python_blocks(page))
+    assert run_python(page) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_SHELL, ids=named)
+def test_commands_run(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _, source, reason in shell_blocks(page):
+        for command in commands(source) if reason is None else []:
+            program, *arguments = command.split()
+            assert program == "tp-amp", command
+            assert main(arguments) == 0, (command, capsys.readouterr().err)

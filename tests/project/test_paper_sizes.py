@@ -143,6 +143,7 @@ def first_channels(group: Any) -> torch.Tensor:
     return -torch.arange(len(group[0].idxs), dtype=torch.float)
 
 
+@pytest.mark.slow
 @judges_shapes
 @pytest.mark.skipif(sys.platform == "win32", reason="has no resource")
 def test_the_largest_tower_is_planned_on_the_meta_device() -> None:

@@ -75,3 +75,28 @@ def test_what_a_folder_offers_is_used(folder: Path) -> None:
 
 def entry() -> str:
     return (HOUSE / "__init__.py").read_text()
+
+
+def test_every_module_of_some_length_has_a_test_file_of_its_name() -> None:
+    """In the folder of the same name; shorter ones are tested with what calls them."""
+    tests = HOUSE.parent / "tests"
+    long = [path for path in HOUSE.rglob("*.py") if len(path.read_text().splitlines()) > 100]
+    missing = [
+        str(path.relative_to(HOUSE))
+        for path in long
+        if not path.stem.startswith("__")
+        and not (tests / path.relative_to(HOUSE).with_name(f"test_{path.name}")).is_file()
+    ]
+    assert missing == []
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    """Beside them: what is tested as a whole, and what lies outside the package."""
+    tests = HOUSE.parent / "tests"
+    others = {"project", "upstream", "examples", "benchmarks"}
+    found = {name_of_tests(path.parent, tests) for path in tests.rglob("test_*.py")}
+    assert found - others <= {name_of(folder) for folder in FOLDERS}
+
+
+def name_of_tests(folder: Path, tests: Path) -> str:
+    return str(folder.relative_to(tests)).replace("/", ".")

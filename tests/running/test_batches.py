@@ -5,7 +5,6 @@ from toys import images, toy
 
 import tp_amp
 from tp_amp.running.batches import stream
-from tp_amp.running.inputs import prepare
 
 
 class Numbered(Dataset):
@@ -68,22 +67,6 @@ def test_too_little_to_split_raises() -> None:
         tp_amp.split_batches([images()])
     with pytest.raises(ValueError, match="1 images can't be split"):
         tp_amp.split_batches(DataLoader(TensorDataset(images(1))))
-
-
-def test_images_take_the_models_dtype_and_other_inputs_keep_theirs() -> None:
-    model = toy().double()
-    inputs = prepare({"x": images(2), "index": torch.arange(2), "labels": 1, "flag": True}, model)
-    assert inputs.kwargs["x"].dtype == torch.float64
-    assert inputs.kwargs["index"].dtype == torch.int64
-    assert inputs.kwargs["flag"] is True
-    assert "labels" not in inputs.kwargs
-    assert inputs.images == 2
-
-
-def test_batches_of_the_user_stay_as_they_are() -> None:
-    batch = {"pixels": images(2), "labels": torch.zeros(2)}
-    prepare(batch, toy())
-    assert list(batch) == ["pixels", "labels"]
 
 
 def test_stream_reads_an_iterable_once() -> None:

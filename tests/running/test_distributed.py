@@ -256,7 +256,8 @@ def fork_ranks() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank found, by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(Path(__file__).parents[1]), str(Path(tp_amp.__file__).parent.parent)]
+    here, package = Path(__file__), Path(tp_amp.__file__)
+    paths = [str(here.parent), str(here.parents[1]), str(package.parents[1])]
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(paths=paths), str(folder), *map(str, SIZES)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

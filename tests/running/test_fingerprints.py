@@ -8,7 +8,7 @@ from torch import nn
 from toys import images, toy
 
 import tp_amp
-from tp_amp.running.fingerprints import Fingerprint
+from tp_amp.running.fingerprints import Fingerprint, in_second_half
 
 
 def test_the_same_and_equal_tensors_are_known() -> None:
@@ -77,3 +77,19 @@ def test_one_collection_serves_a_copy_and_a_model_loaded_again(kind: str) -> Non
             parameter.mul_(1.1)
     tp_amp.plan_from_importance(again, images(1), importance, 0.5)
     assert batches.read > read
+
+
+def test_images_fall_into_halves_by_their_values_alone() -> None:
+    whole = torch.randn(400, 3, 8, 8)
+    halves = in_second_half(whole)
+    assert 150 < int(halves.sum()) < 250
+    order = torch.randperm(400)
+    assert torch.equal(in_second_half(whole[order]), halves[order])
+    assert torch.equal(torch.cat([in_second_half(part) for part in whole.split(7)]), halves)
+    numbers = torch.randint(50, (30, 4))  # token numbers, complex values
+    assert torch.equal(in_second_half(numbers), in_second_half(numbers.float()))
+    assert len(in_second_half(torch.randn(5, 4, dtype=torch.complex64))) == 5
+
+
+def test_halves_of_images_without_values_alternate() -> None:
+    assert in_second_half(torch.empty(4, 3, 8, 8, device="meta")).tolist() == [False, True] * 2

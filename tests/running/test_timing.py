@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from searches import data, pruner_of
 from torch import Tensor, nn
-from toys import fingerprint, images, toy
+from toys import images, toy
 
 import tp_amp
 from tp_amp.running import timing as estimate
 from tp_amp.running.timing import Estimate
-from tp_amp.search.prefix_cache import Prefix
-from tp_amp.search.search_estimate import Profile, estimate_search
+from tp_amp.search import search_estimate
 
 
 class Clock:
@@ -22,7 +21,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, seconds: float) -> None:
         self.now, self.seconds = 100.0, seconds
-        monkeypatch.setattr(estimate, "clock", lambda: self.now)
+        for module in (estimate, search_estimate):  # it has the clock by name
+            monkeypatch.setattr(module, "clock", lambda: self.now)
         for block in model.blocks:
             # Within the block, so that a block that is not run takes no time.
             block.norm1.register_forward_pre_hook(self.tick)
@@ -47,26 +47,6 @@ def told_seconds(line: str) -> float:
     return float(number) * {"s": 1, "min": 60, "h": 3600}[unit.rstrip(",;")]
 
 
-def test_a_run_is_walked_by_hand() -> None:
-    """Three steps of 1, 2 and 4 s and 0.5 s around them; a site in each; two probes each."""
-    profile = Profile(7.5, [1.0, 2.0, 4.0], [10, 20, 40], batches=2)
-    found = estimate_search(profile, [2, 1, 0], [2, 2, 2], 1000)
-    collect = 0.5 + 1 + 2
-    # Of two batches the first runs to the end, to see which modules are called again.
-    inside = (0.5 + 4) + (0.5 + 2 + 4 / 2) + (0.5 + 1 + 6 / 2)
-    probes = 2 * (0.5 + 4) + 2 * (0.5 + 6) + 2 * 7.5
-    assert found == Estimate(collect + inside + probes, 30)
-    # Room for what one step gives: what the first gave is computed when the search comes there.
-    found = estimate_search(profile, [2, 1, 0], [2, 2, 2], 25)
-    assert found == Estimate(collect + (0.5 + 1) + inside + probes, 20)
-    # Nothing fits, or there are no steps: everything is run.
-    whole = Estimate((0.5 + 1 + 2) + 2 * 7.5 + (0.5 + 1) + 2 * 7.5, 0)
-    found = estimate_search(profile, [2, 1], [2, 2], 5)
-    assert found == whole
-    assert estimate_search(profile, [None, None], [2, 3], 1000) == Estimate(5 * 7.5, 0)
-    assert estimate_search(profile, [2, 1, 0], [0, 0, 0], 1000) == Estimate(0, 0)
-
-
 @pytest.mark.parametrize("limit", [2**30, 10000, 0], ids=["all", "some", "nothing"])
 def test_the_search_takes_what_is_estimated(
     limit: int, monkeypatch: pytest.MonkeyPatch, info: pytest.LogCaptureFixture
@@ -88,59 +68,6 @@ def test_the_search_takes_what_is_estimated(
     assert told_seconds(took) == pytest.approx(taken, rel=0.25)
     assert told_seconds(took) <= 1.02 * told_seconds(foreseen)
     assert told_seconds(took) >= 0.7 * told_seconds(foreseen)
-
-
-def test_the_cache_that_is_estimated_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five blocks' outputs of two batches of 4 images, 4 tokens, 12 channels; all, or three."""
-    one_step = 2 * 4 * 4 * 12 * 4
-    made: list[Prefix] = []
-    start = Prefix.__init__
-
-    def remember(self: Prefix, *arguments: Any) -> None:
-        made.append(self)
-        start(self, *arguments)
-
-    monkeypatch.setattr(Prefix, "__init__", remember)
-    for limit, steps in ((2**30, 5), (3 * one_step, 3), (one_step - 1, 0)):
-        pruner = pruner_of(toy(depth=6), steps=1, cache_bytes=limit, progress=False)
-        assert pruner.estimate().bytes == steps * one_step
-        pruner.step()
-        assert made[-1].most >= steps * one_step
-        assert made[-1].most <= limit
-
-
-def test_most_probes_are_at_least_those_of_any_search() -> None:
-    from tp_amp.search.bisection import most_probes, search_width
-
-    for width in range(2, 40):
-        for steps in (1, 3, 6):
-            for first in (None, 1, width // 2, width):
-                most = most_probes(width, steps=steps, first=first)
-                for goal in range(width):
-                    tried = search_width(
-                        lambda w, goal=goal: float(w < goal),
-                        width,
-                        reference=0.0,
-                        max_increase=0.5,
-                        steps=steps,
-                        first=first,
-                    )
-                    assert len(tried) <= most
-
-
-def test_moments_count_where_something_is_compensated() -> None:
-    plain = pruner_of(toy(depth=3)).estimate()
-    compensated = pruner_of(toy(depth=3), compensation="affine").estimate()
-    assert compensated.bytes - plain.bytes == 8 * 20**2
-
-
-def test_estimate_changes_nothing() -> None:
-    model = toy(depth=3)
-    before = fingerprint(model)
-    pruner = pruner_of(model)
-    pruner.estimate()
-    assert fingerprint(model) == before
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_batches_without_a_length_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,3 +91,22 @@ def test_the_foreseen_width_is_tried_first(first: int) -> None:
     )
     assert tried[0].width == min(first, 19)
     assert min(probe.width for probe in tried if probe.accepted) == 10
+
+
+def test_most_probes_are_at_least_those_of_any_search() -> None:
+    from tp_amp.search.bisection import most_probes, search_width
+
+    for width in range(2, 40):
+        for steps in (1, 3, 6):
+            for first in (None, 1, width // 2, width):
+                most = most_probes(width, steps=steps, first=first)
+                for goal in range(width):
+                    tried = search_width(
+                        lambda w, goal=goal: float(w < goal),
+                        width,
+                        reference=0.0,
+                        max_increase=0.5,
+                        steps=steps,
+                        first=first,
+                    )
+                    assert len(tried) <= most

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from toys import ToyViT, fingerprint, images, toy
+from toys import ToyViT, images, toy
 from zoo import SWIN_HEADS, TINY
 
 import tp_amp
@@ -53,38 +53,6 @@ def test_groups_are_those_of_a_graph_with_values(name: str) -> None:
     assert groups == all_groups(model, with_values.graph)
     parameters = set(map(id, model.parameters()))
     assert {id(p) for p, _ in without.graph.unwrapped_parameters} <= parameters
-
-
-class Erf(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.erf(x)
-
-
-class Keeping(ToyViT):
-    """Keeps its last tokens, and a table that is no buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = torch.ones(12)
-        self.last: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = x
-        self.made = x.sum()
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("with_values", [False, True])
-def test_what_the_model_keeps_is_given_back(with_values: bool) -> None:
-    model = Keeping()
-    if with_values:
-        model.blocks[0].mlp.act = Erf()  # gradients decide
-    table, before = model.table, fingerprint(model)
-    assert len(tp_amp.find_mlps(model, images(1))) == 2
-    assert model.table is table
-    assert model.last is None
-    assert not hasattr(model, "made")
-    assert fingerprint(model) == before
 
 
 class ReadsValues(ToyViT):

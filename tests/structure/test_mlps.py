@@ -1,14 +1,13 @@
 import copy
-import logging
-from collections.abc import Callable
 
 import open_clip
 import pytest
 import timm
 import torch
+from mixing_models import Between, Packed
 from packaging.version import Version
 from torch import nn
-from toys import GatedMLP, PlainMLP, ToyViT, fingerprint, images, judges_shapes, toy
+from toys import GatedMLP, PlainMLP, fingerprint, images, judges_shapes, toy
 from zoo_checks import check
 
 import tp_amp
@@ -73,49 +72,6 @@ def test_gated_mlp_has_two_ups_in_call_order() -> None:
     ]
 
 
-def test_single_head_attention_is_no_mlp(caplog: pytest.LogCaptureFixture) -> None:
-    """TP calls the matrix products of attention element-wise."""
-    with caplog.at_level(logging.DEBUG, logger="tp_amp"):
-        found = tp_amp.find_mlps(toy(), images(1))
-    assert [mlp.down for mlp in found] == ["blocks.0.mlp.second", "blocks.1.mlp.second"]
-    assert "blocks.0.value starts no MLP" in caplog.text
-
-
-class Mixing(nn.Module):
-    """Two Linears of the same width with something in between that is not element-wise."""
-
-    def __init__(self, between: str) -> None:
-        super().__init__()
-        self.embed, self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 3)
-        self.matrix = nn.Parameter(torch.randn(8, 8), requires_grad=False)
-        self.between = between
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.up(self.embed(x).relu())
-        if self.between == "matrix":
-            h = h @ self.matrix.detach()
-        elif self.between == "softmax":
-            h = h.softmax(-1)
-        elif self.between == "tokens":
-            h = h + h.mean(1, keepdim=True)
-        elif self.between == "roll":
-            h = h.roll(1, -1)
-        elif self.between == "two readers":
-            return self.down(h) + self.down(h.relu()) + h.sum(-1, keepdim=True)
-        return self.down(h)
-
-
-@pytest.mark.parametrize("between", ["matrix", "softmax", "tokens", "roll", "two readers"])
-def test_what_is_not_element_wise_is_left_out(between: str) -> None:
-    found = tp_amp.find_mlps(Mixing(between), torch.randn(1, 5, 4))
-    assert "down" not in [mlp.down for mlp in found]
-
-
-def test_element_wise_between_is_found() -> None:
-    found = tp_amp.find_mlps(Mixing("nothing"), torch.randn(1, 5, 4))
-    assert [(mlp.up, mlp.down) for mlp in found] == [(("embed",), "up"), (("up",), "down")]
-
-
 def test_layers_called_through_functions_are_left_out() -> None:
     class Functional(PlainMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,15 +111,6 @@ def test_gradients_decide_in_inference_mode_too() -> None:
         assert len(tp_amp.find_mlps(model, torch.randn(8, 5))) == 1
 
 
-def test_dict_and_tuple_inputs() -> None:
-    class Keywords(ToyViT):
-        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
-            return super().forward(pixels)
-
-    assert len(tp_amp.find_mlps(Keywords(), {"pixels": images(1)})) == 2
-    assert len(tp_amp.find_mlps(toy(), (images(1),))) == 2
-
-
 def test_wrong_example_inputs_raise_and_leave_no_hooks() -> None:
     model = toy()
     before = fingerprint(model)
@@ -172,36 +119,10 @@ def test_wrong_example_inputs_raise_and_leave_no_hooks() -> None:
     assert fingerprint(model) == before
 
 
-class Packed(nn.Module):
-    """A gated MLP with both halves in one layer, and ways to get its channels wrong."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.up, self.down, self.kind = nn.Linear(4, 16), nn.Linear(8, 4), kind
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "interleaved":
-            gate, value = self.up(x)[..., ::2], self.up(x)[..., 1::2]
-        else:
-            gate, value = self.up(x).chunk(2, -1)
-        if self.kind == "swapped":
-            value = value.flip(-1)
-        elif self.kind == "shifted":
-            value = value.roll(1, -1)
-        elif self.kind == "gate first":
-            gate, value = value, gate
-        return self.down(nn.functional.silu(gate) * value)
-
-
 @pytest.mark.parametrize("kind", ["plain", "gate first"])
 def test_packed_gated_mlp(kind: str) -> None:
     (mlp,) = tp_amp.find_mlps(Packed(kind), torch.randn(1, 5, 4))
     assert (mlp.up, mlp.down, mlp.width, mlp.packed) == (("up",), "down", 8, 2)
-
-
-@pytest.mark.parametrize("kind", ["swapped", "shifted", "interleaved"])
-def test_packed_halves_that_do_not_line_up_are_left_out(kind: str) -> None:
-    assert tp_amp.find_mlps(Packed(kind), torch.randn(1, 5, 4)) == []
 
 
 def test_norm_and_depthwise_convolution_are_inner() -> None:
@@ -231,38 +152,6 @@ def test_mlp_on_a_table_of_positions_is_left_out() -> None:
 
     downs = [mlp.down for mlp in tp_amp.find_mlps(Table(), torch.randn(1, 9, 4))]
     assert downs == ["mlp.second"]
-
-
-def test_biases_cached_by_the_model_are_dropped() -> None:
-    class Caching(PlainMLP):
-        def __init__(self) -> None:
-            super().__init__(4, 8)
-            self.cache: dict[str, torch.Tensor] = {"before": torch.ones(1)}
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.cache["bias"] = self.first.weight.sum() * 2
-            return super().forward(x) + self.cache["bias"]
-
-    model = Caching()
-    tp_amp.find_mlps(model, torch.randn(1, 5, 4))
-    assert list(model.cache) == ["before"]
-
-
-def test_saturated_attention_is_left_out() -> None:
-    """With one token at a weight of exactly one, values pass through as if element by element."""
-
-    class Saturated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.qkv, self.proj = nn.Linear(4, 24), nn.Linear(8, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.qkv(x).chunk(3, -1)
-            return self.proj((1e6 * q @ k.transpose(1, 2)).softmax(-1) @ v)
-
-    for seed in range(5):
-        torch.manual_seed(seed)
-        assert tp_amp.find_mlps(Saturated(), torch.randn(1, 5, 4)) == []
 
 
 def parallel(**arguments: object) -> nn.Module:
@@ -301,43 +190,6 @@ def test_meta_device_finds_the_same(name: str) -> None:
     size = real.default_cfg["input_size"]
     found = tp_amp.find_mlps(model, torch.empty(1, *size, device="meta"))
     assert found == tp_amp.find_mlps(real, torch.randn(1, *size))
-
-
-class Between(nn.Module):
-    """Two-dimensional inputs, as many as hidden channels, with something in between."""
-
-    def __init__(self, between: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.table = nn.Parameter(torch.randn(8, 8))
-        self.between = between
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.between(torch.relu(self.up(x)), self.table))
-
-
-# Each keeps all sizes, so that shapes alone can't tell.
-MIXING_2D = {
-    "product": lambda h, table: h @ table,
-    "product with bias": lambda h, table: nn.functional.linear(h, table, table[0]),
-    "transposed": lambda h, table: h.t(),
-    "outer product": lambda h, table: h.view(8, 8, 1) * table[0],
-    "shuffled": lambda h, table: h.view(8, 2, 4).transpose(1, 2).reshape(8, 8),
-    "two products": lambda h, table: (h @ table) @ table,
-}
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", MIXING_2D)
-def test_what_keeps_the_sizes_but_not_the_channels_is_left_out(name: str, device: str) -> None:
-    model = Between(MIXING_2D[name]).to(device)
-    assert tp_amp.find_mlps(model, torch.randn(8, 5, device=device)) == []
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_two_dimensional_element_wise_is_found(device: str) -> None:
-    model = Between(lambda h, table: torch.sigmoid(h) * h).to(device)
-    assert [mlp.width for mlp in tp_amp.find_mlps(model, torch.randn(8, 5, device=device))] == [8]
 
 
 def parallel_blocks_with_a_bias() -> nn.Module:

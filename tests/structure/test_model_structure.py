@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import images, relative, toy
+from toys import images, toy
 
 import tp_amp
 from tp_amp.structure.graph import TolerantGraph
@@ -77,51 +77,6 @@ def test_a_plan_that_knows_its_layers_is_cut_without_example_inputs(traces: Trac
         assert all(
             torch.equal(a, b) for a, b in zip(cut.parameters(), model.parameters(), strict=True)
         )
-
-
-@pytest.mark.parametrize("how", ["applied", "compensated"])
-def test_a_plan_made_by_hand_knows_its_layers_once_it_was_used(how: str, tmp_path: Path) -> None:
-    model, dense = toy(), toy()
-    down = tp_amp.find_mlps(model, images(1))[0].down
-    plan = tp_amp.PruningPlan({down: [0, 2, 5]})
-    if how == "applied":
-        tp_amp.apply_plan(model, plan, images(1))
-    else:
-        tp_amp.compensate(model, plan, [images(8)])
-    tp_amp.save_pruned(model, tmp_path, plan)
-    found = tp_amp.load_pruned(dense, tmp_path)
-    assert found == plan
-    assert relative(dense(images(2)), model(images(2))) == 0
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model, example, plan: tp_amp.apply_plan(model, example, plan),
-        lambda model, example, plan: tp_amp.apply_plan(model, plan, example),
-        lambda model, example, plan: tp_amp.apply_plan(model, example, plan=plan),
-        lambda model, example, plan: tp_amp.apply_plan(model, plan, example_inputs=example),
-        lambda model, example, plan: tp_amp.apply_plan(model, example_inputs=example, plan=plan),
-    ],
-)
-def test_plan_and_example_inputs_may_stand_in_either_order(call: Any) -> None:
-    model = toy()
-    down = tp_amp.find_mlps(model, images(1))[0].down
-    call(model, images(1), tp_amp.PruningPlan({down: [1, 2]}))
-    assert model.get_submodule(down).in_features == 2
-
-
-def test_what_apply_plan_can_not_read_is_told() -> None:
-    model = toy()
-    before = copy.deepcopy(model.state_dict())
-    plan = tp_amp.PruningPlan({tp_amp.find_mlps(model, images(1))[0].down: [0]})
-    with pytest.raises(ValueError, match="pass example inputs too"):
-        tp_amp.apply_plan(model, plan)
-    with pytest.raises(TypeError, match=r"a PruningPlan .* found \['Tensor'\]"):
-        tp_amp.apply_plan(model, images(1))  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match=r"found .*'inputs'"):
-        tp_amp.apply_plan(model, plan, inputs=images(1))  # type: ignore[call-overload]
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_plan_of_a_pruned_model_is_refused_without_tracing(traces: Traces) -> None:

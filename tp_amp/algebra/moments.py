@@ -125,7 +125,8 @@ class Halves:
         name: module path of the layer, for errors.
 
     Example:
-        >>> halves = Halves().add(torch.randn(12, 3), torch.randn(12, 2), images=4)
+        >>> second = torch.tensor([False, True, True, False])
+        >>> halves = Halves().add(torch.randn(12, 3), torch.randn(12, 2), second=second)
         >>> [half.tokens for half in halves.each], halves.whole.tokens
         ([6, 6], 12)
     """
@@ -133,25 +134,30 @@ class Halves:
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.each = Moments(name), Moments(name)
-        self._larger = 0  # which half the odd image of a batch goes to
 
     def add(
-        self, inputs: Tensor, residuals: Tensor, weights: Tensor | None = None, *, images: int = 1
+        self, inputs: Tensor, residuals: Tensor, weights: Tensor | None = None, *, second: Tensor
     ) -> Halves:
         """Add the tokens of some images, image after image, as `Moments.add` does.
+
+        Args:
+            inputs: `(tokens, inputs)`.
+            residuals: `(tokens, outputs)`.
+            weights: maybe, `(tokens,)`.
+            second: whether an image belongs to the second half, `(images,)`; where the tokens are
+                no whole images, all go where the first image does.
 
         Raises:
             ValueError: as `Moments.add`.
         """
         check_weights(self.name, inputs, weights)
-        if len(inputs) % images:  # tokens that are no image's: all of the batch to one half
-            images = 1
-        first = images // 2 + (images % 2 if self._larger == 0 else 0)
-        self._larger ^= images % 2
-        place = first * (len(inputs) // images)
-        for half, part in zip(self.each, (slice(place), slice(place, None)), strict=True):
-            if len(inputs[part]):
-                half.add(inputs[part], residuals[part], None if weights is None else weights[part])
+        second = second.to(inputs.device)
+        if len(inputs) % len(second):
+            second = second[:1]
+        of_second = second.repeat_interleave(len(inputs) // len(second))
+        for half, own in zip(self.each, (~of_second, of_second), strict=True):
+            if bool(own.any()):
+                half.add(inputs[own], residuals[own], None if weights is None else weights[own])
         return self
 
     @property

@@ -27,6 +27,7 @@ from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
 from tp_amp.running.distributed import together
+from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.watching import called_with, watch
 from tp_amp.structure.chain import Step, first_tensor
@@ -111,7 +112,7 @@ class _Walk:
         self.corrections: dict[str, Correction] = {}
         self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
         self.factors = factors
-        self.images = [batch.images for batch in inputs]
+        self.second = [in_second_half(batch.tensors()[0]) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
         self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
@@ -149,14 +150,14 @@ class _Walk:
         self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]
     ) -> Correction:
         halves = Halves(layer.name)
-        for state, target, given, images in zip(
-            self.cut, targets, self.given, self.images, strict=True
+        for state, target, given, second in zip(
+            self.cut, targets, self.given, self.second, strict=True
         ):
             (hidden, output), _ = watch(
                 module, self.model, layer.name, _inputs(step, state), stop=True
             )
             weights = self._weights(layer, given, len(hidden))
-            halves.add(layer.inputs(hidden, self.keep), target - output, weights, images=images)
+            halves.add(layer.inputs(hidden, self.keep), target - output, weights, second=second)
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
         halves = halves.merged(f"the moments of {layer.name}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tp_amp.algebra.moments import Halves
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.distributed import together
+from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.observing import observing
 
@@ -31,13 +32,13 @@ def hidden_moments(
         ValueError: a layer is never called.
     """
     moments = {name: Halves(name) for name in layers}
-    images = 1
+    second = torch.zeros(1, dtype=torch.bool)
 
     def watch(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
             hidden = values.reshape(-1, values.shape[-1])
-            moments[name].add(hidden, hidden[:, :0], images=images)
+            moments[name].add(hidden, hidden[:, :0], second=second)
 
         return add
 
@@ -47,7 +48,7 @@ def hidden_moments(
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
         for inputs in stream(batches, model, description="covariances", progress=progress):
-            images = inputs.images
+            second = in_second_half(inputs.tensors()[0])
             inputs.call(model)
         moments = {name: m.merged(f"the moments of {name}") for name, m in moments.items()}
     for name, collected in moments.items():

@@ -80,7 +80,7 @@ def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     held: list[dict[str, Any]] = [
         content
         for module in model.modules()
-        for content in (vars(module), module._parameters, module._buffers)
+        for content in (vars(module), module._parameters, module._buffers, module._modules)
     ]
     saved = [dict(content) for content in held]
     stand_ins: dict[Any, Any] = {}

@@ -13,6 +13,7 @@ from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_w
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
+from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.watching import watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
@@ -69,9 +70,9 @@ class Compensator:
     def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:
             moments = Halves(site.down)
-            for (values, _), weights, images in self._calls(site, down):
+            for (values, _), weights, second in self._calls(site, down):
                 hidden = values[:, site.first : site.first + site.width]
-                moments.add(hidden, hidden[:, :0], weights, images=images)
+                moments.add(hidden, hidden[:, :0], weights, second=second)
             self._moments = site.down, moments.merged(f"the moments of {site.down}")
         return self._moments[1]
 
@@ -81,20 +82,21 @@ class Compensator:
         moments = Halves(site.down)
         with narrowed(self.graph, site, kept):
             calls = self._calls(site, down)
-            for target, ((hidden, output), weights, images) in zip(
+            for target, ((hidden, output), weights, second) in zip(
                 self._targets[1], calls, strict=True
             ):
-                moments.add(hidden, target - output, weights, images=images)
+                moments.add(hidden, target - output, weights, second=second)
         return moments.merged(f"the moments of {site.down}")
 
     def _calls(
         self, site: Site, down: nn.Module
-    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None, int]]:
-        """What `down` reads and gives on each batch, the tokens' weights, and how many images."""
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None, Tensor]]:
+        """What `down` reads and gives on each batch, the weights of tokens, and images' halves."""
         model: nn.Module = self.graph.model
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
                 call, _ = watch(model, model, site.down, batch, stop=True)
+                second = in_second_half(batch.tensors()[0])
                 given = given_weights(self.recipe, batch)
                 places = repeated(self.places.get(site.down), len(call[0]))
-                yield call, places if given is None else given, batch.images
+                yield call, places if given is None else given, second

@@ -1,0 +1,131 @@
+"""Ways to prune from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from command_line import (
+    DOWNS,
+    MODEL,
+    PRUNE,
+    SAMPLE,
+    arguments,
+    record,
+)
+
+import tp_amp
+from tp_amp.cli.main import main
+from tp_amp.cli.pruning import composed
+from tp_amp.importance import recomputing as recomputing_module
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        ("--importance", "entropy", "--max-increase", "0.01"),
+        ("--importance", "magnitude", "--target", "macs=0.8", "--compensation", "none"),
+        ("--importance", "reconstruction", "--max-increase", "0.01", "--round-to", "8"),
+        ("--target", "params=0.8", "--prune-num-heads"),
+        ("--target", "params=0.9", "--min-width", "40", "--compensation", "mean"),
+        ("--importance", "random", "--max-increase", "0.1"),
+        ("--importance", "activation", "--max-increase", "0.1"),
+        ("--importance", "gram-schmidt", "--target", "params=0.8", "--dtype", "float64"),
+    ],
+)
+def test_ways_to_prune(capsys: pytest.CaptureFixture[str], further: tuple[str, ...]) -> None:
+    command = ("prune", *MODEL, *SAMPLE, "--output", "small", *further)
+    found = record(capsys, *command)
+    widths = {name: width["kept"] for name, width in found["widths"].items()}
+    model = tp_amp.create_model("small")
+    assert all(model.get_submodule(name).in_features == widths[name] for name in DOWNS)
+    assert found["after"]["parameters"] < found["before"]["parameters"]
+    if "--target" in further:
+        kind, share = further[further.index("--target") + 1].split("=")
+        size = "parameters" if kind == "params" else "macs"
+        assert found["after"][size] <= float(share) * found["before"][size]
+    if "--round-to" in further:
+        assert all(width % 8 == 0 for width in widths.values())
+    if "--min-width" in further:
+        assert min(widths.values()) >= 40
+    if "--dtype" in further:
+        assert next(model.parameters()).dtype == torch.float64
+    assert ("blocks.0.attn.proj" in widths) == ("--prune-num-heads" in further)
+
+
+@pytest.mark.parametrize("size", [("--target", "params=0.8"), ("--max-increase", "0.01")])
+def test_refining_changes_both_layers_of_the_same_widths(
+    capsys: pytest.CaptureFixture[str], size: tuple[str, ...]
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, *size)
+    plain = record(capsys, *command, "--output", "plain")
+    better = record(capsys, *command, "--output", "better", "--refine", "30")
+    assert (plain["refine"], better["refine"]) == (0, 30)
+    assert better["widths"] == plain["widths"]
+    one, other = (tp_amp.create_model(folder) for folder in ("plain", "better"))
+    for name in DOWNS:
+        for layer in (name, name.replace("fc2", "fc1")):
+            weights = (model.get_submodule(layer).weight for model in (one, other))
+            assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("further", [(), ("--min-width", "8"), ("--round-to", "8")])
+def test_latency_is_a_size_too(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    further: tuple[str, ...],
+) -> None:
+    def milliseconds(model: Any) -> float:
+        return 1.0 + sum(model.get_submodule(name).in_features for name in DOWNS) / 100
+
+    monkeypatch.setattr(
+        "tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000
+    )
+    assert main([*PRUNE, "--target", "latency=0.7", *further]) == 0
+    assert re.search(
+        r"latency of one image: \d+\.\d+ ms -> \d+\.\d+ ms \(", capsys.readouterr().out
+    )
+    found = json.loads(Path("small/prune.json").read_text())
+    assert found["target"] == {"latency": 0.7}
+    assert found["before"]["latency"] > 0
+    dense = timm.create_model("vit_tiny_patch16_224", **arguments())
+    share = milliseconds(tp_amp.create_model("small")) / milliseconds(dense)
+    assert 0.5 < share <= 0.7 + 1e-9
+
+
+@pytest.mark.parametrize("importance", ["entropy", "reconstruction"])
+def test_activation_checkpointing_gives_the_same_model(
+    importance: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In scoring, and in the backward passes of --refine."""
+    prepared: list[str] = []
+    recomputing = recomputing_module.recomputing
+    monkeypatch.setattr(
+        recomputing_module,
+        "recomputing",
+        lambda *given: prepared.append("once") or recomputing(*given),
+    )
+    command = [*PRUNE[:-1], "plain", "--importance", importance, "--refine", "1"]
+    assert main(command) == 0
+    assert not prepared
+    command[command.index("plain")] = "again"
+    assert main([*command, "--activation-checkpointing"]) == 0
+    assert len(prepared) == 2
+    for file in ("plan.json", "model.safetensors"):
+        assert (here / "plain" / file).read_bytes() == (here / "again" / file).read_bytes()
+
+
+def test_two_plans_make_one() -> None:
+    first = tp_amp.PruningPlan({"a": [1, 3, 5], "b": [0, 2]}, {"a": 6, "b": 3})
+    second = tp_amp.PruningPlan({"a": [0, 2], "c": [1]}, {"a": 3, "c": 2})
+    assert composed(first, second) == tp_amp.PruningPlan(
+        {"a": [1, 5], "b": [0, 2], "c": [1]}, {"a": 6, "b": 3, "c": 2}
+    )
+    assert first.keep["a"] == [1, 3, 5]

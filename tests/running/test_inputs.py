@@ -1,0 +1,124 @@
+"""What a model is called with: batches of every form, and example inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import ToyViT, images, toy
+
+import tp_amp
+from tp_amp import EntropyTaylorImportance
+from tp_amp.running.inputs import Inputs, example, one_image, prepare, runner
+
+
+def test_images_take_the_models_dtype_and_other_inputs_keep_theirs() -> None:
+    model = toy().double()
+    inputs = prepare({"x": images(2), "index": torch.arange(2), "labels": 1, "flag": True}, model)
+    assert inputs.kwargs["x"].dtype == torch.float64
+    assert inputs.kwargs["index"].dtype == torch.int64
+    assert inputs.kwargs["flag"] is True
+    assert "labels" not in inputs.kwargs
+    assert inputs.images == 2
+
+
+def test_batches_of_the_user_stay_as_they_are() -> None:
+    batch = {"pixels": images(2), "labels": torch.zeros(2)}
+    prepare(batch, toy())
+    assert list(batch) == ["pixels", "labels"]
+
+
+@pytest.mark.parametrize("second", [torch.rand(6), torch.rand(6, 5), torch.arange(3), "name"])
+def test_what_can_be_no_labels_is_ignored(second: object) -> None:
+    measured = tp_amp.measure(toy(), [(images(6), second)])
+    assert (measured.accuracy, measured.labelled_images) == (None, 0)
+
+
+def test_batches_may_be_tensors_pairs_or_dicts() -> None:
+    model, data = toy(), images()
+    labels = torch.zeros(len(data))
+    plain = EntropyTaylorImportance().collect(model, [data]).scores
+    pairs = EntropyTaylorImportance().collect(model, iter([(data, labels)])).scores
+    assert all(torch.equal(plain[name], pairs[name]) for name in plain)
+
+    class Keywords(ToyViT):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return super().forward(pixels)
+
+    keywords = Keywords()
+    keywords.load_state_dict(model.state_dict())
+    dicts = EntropyTaylorImportance().collect(keywords, [{"pixels": data, "labels": labels}]).scores
+    assert all(torch.equal(plain[name], dicts[name]) for name in plain)
+
+
+def test_dict_and_tuple_inputs() -> None:
+    class Keywords(ToyViT):
+        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+            return super().forward(pixels)
+
+    assert len(tp_amp.find_mlps(Keywords(), {"pixels": images(1)})) == 2
+    assert len(tp_amp.find_mlps(toy(), (images(1),))) == 2
+
+
+def test_the_first_images_of_a_batch_and_what_all_share() -> None:
+    """What is as long as the images is cut with them; a table of another length is whole."""
+    table = torch.randn(3, 2)
+    batch = Inputs((images(5), table, 7), {"labels": torch.arange(5)})
+    found = one_image(batch, 2)
+    assert torch.equal(found.args[0], images(5)[:2])
+    assert found.args[1] is table
+    assert found.args[2] == 7
+    assert found.kwargs["labels"].tolist() == [0, 1]
+    assert one_image(batch).images == 1
+    assert batch.images == 5
+
+
+def test_example_inputs_are_read_as_torch_pruning_does() -> None:
+    x, y = images(1), images(2)
+    assert example(x).args == (x,)
+    assert example([x, y]).args == (x, y)
+    assert example({"pixels": x}).kwargs == {"pixels": x}
+    assert (example(x).raw(), example({"pixels": x}).raw()) == (x, {"pixels": x})
+    pair = example((x, y)).raw()
+    assert pair[0] is x
+    assert pair[1] is y
+    with torch.inference_mode():
+        made = torch.ones(2)
+    found = example(made).args[0]
+    assert not found.is_inference()
+    assert torch.equal(found, made)
+
+
+def test_a_call_that_fails_tells_the_shapes() -> None:
+    with pytest.raises(ValueError, match=r"failed on inputs of shape \(1, 3, 8, 8\), \(2,\): "):
+        Inputs((images(1, channels=3),), {"index": torch.zeros(2)}).call(toy())
+    with pytest.raises(KeyError):  # none of those that wrong images give
+        Inputs((images(1),)).call(lambda x: {}["missing"])
+
+
+def test_the_model_is_called_as_the_script_does() -> None:
+    x, model = images(2), toy()
+    assert runner(model, None) is model
+    given: list[object] = []
+
+    def forward(called: nn.Module, inputs: object) -> Tensor:
+        given.append(inputs)
+        return called(x)
+
+    call = runner(model, forward)
+    assert torch.equal(call(x), model(x))
+    call(x, 3)
+    call(pixels=x)
+    assert given[0] is x
+    assert given[1] == (x, 3)
+    assert given[2] == {"pixels": x}
+
+
+def test_labels_of_a_batch_are_kept_apart() -> None:
+    labels = torch.tensor([2, 0])
+    for batch in ((images(2), labels), {"x": images(2), "target": labels}):
+        found = prepare(batch, toy())
+        assert found.labels is labels
+        assert len(found.tensors()) == 1
+    assert prepare((images(3), labels), toy()).labels is None  # not one for each image
+    assert found.to("cpu").labels is labels
