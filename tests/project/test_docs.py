@@ -3,10 +3,12 @@ to type works; `make docs` builds them."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import real_report
 from docs_blocks import commands, pages, python_blocks, run_python, shell_blocks
 
 import tp_amp
@@ -15,6 +17,7 @@ from tp_amp.cli.main import main
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs"
 README = ROOT / "README.md"
+ENTRY = ("tp_amp", "__init__")
 PROSE = [README, ROOT / "CONTRIBUTING.md", ROOT / "UPSTREAM.md", *pages()]
 
 
@@ -25,7 +28,8 @@ def named(path: Path) -> str:
 def modules() -> list[tuple[str, str]]:
     """Every module with its folder, as they are written in the table of modules."""
     paths = [path.relative_to(ROOT / "tp_amp") for path in (ROOT / "tp_amp").rglob("*.py")]
-    return sorted((str(path.parent), path.stem) for path in paths if "__" not in path.stem)
+    found = [(str(path.parent), path.stem) for path in paths if path.stem != "__init__"]
+    return sorted([*((folder.replace(".", "tp_amp"), name) for folder, name in found), ENTRY])
 
 
 def targets() -> set[str]:
@@ -40,7 +44,7 @@ def test_reference_has_every_public_name_once() -> None:
 
 def test_architecture_has_every_module_once() -> None:
     page = (PAGES / "architecture.md").read_text()
-    listed = re.findall(r"^\| `?([a-z/.]+?)/?`? \| `(\w+)` \| .+ \|$", page, re.MULTILINE)
+    listed = re.findall(r"^\| ([a-z_/]+) \| `(\w+)` \| .+ \|$", page, re.MULTILINE)
     assert sorted(listed) == modules()
 
 
@@ -85,6 +89,12 @@ def anchors(page: Path) -> set[str]:
 
 def without_blocks(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_table_of_the_pretrained_model_is_that_of_its_result() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "real.json").read_text())
+    page = (PAGES / "results" / "real.md").read_text()
+    assert page.split("<!-- real -->")[1].strip() == real_report.report(record)
 
 
 WITH_PYTHON = [page for page in (README, *pages()) if python_blocks(page)]
