@@ -34,8 +34,8 @@ class Moments:
 
     Example:
         >>> moments = Moments().add(torch.randn(50, 3), torch.randn(50, 2))
-        >>> correct(moments, "affine").weight.shape
-        torch.Size([2, 3])
+        >>> moments.inputs.shape, moments.cross.shape
+        (torch.Size([3, 3]), torch.Size([2, 3]))
     """
 
     def __init__(self, name: str = "") -> None:
