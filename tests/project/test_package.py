@@ -22,6 +22,49 @@ def test_import_is_light() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_public_names_are_these() -> None:
+    """A name that scripts import is neither lost nor added by chance."""
+    assert set(tp_amp.__all__) == {
+        "AdaptiveMLPPruner",
+        "Attention",
+        "Comparison",
+        "DIMAPImportance",
+        "EntropyTaylorImportance",
+        "Estimate",
+        "GramSchmidtImportance",
+        "Inspection",
+        "MLP",
+        "Measurement",
+        "PruningPlan",
+        "Recipe",
+        "ReconstructionImportance",
+        "Report",
+        "apply_plan",
+        "compare",
+        "compensate",
+        "create_model",
+        "dimap_masks",
+        "dimap_scopes",
+        "dimap_sparsify",
+        "distill",
+        "find_attentions",
+        "find_mlps",
+        "gram_schmidt_order",
+        "inspect",
+        "load_pruned",
+        "measure",
+        "measure_both",
+        "mlp_ratio_widths",
+        "plan_for_target",
+        "plan_from_importance",
+        "pruning_ratio_dict",
+        "reconstruction_order",
+        "save_pruned",
+        "split_batches",
+    }
+    assert all(getattr(tp_amp, name) is not None for name in tp_amp.__all__)
+
+
 def unbound(source: str) -> set[str]:
     """Names of the outermost level that code reads and nothing in it binds."""
     symbols = symtable.symtable(source, "example", "exec").get_symbols()
