@@ -343,9 +343,13 @@ def test_compensation(tmp_path, capsys):
             for parameter in (block.mlp.fc1.weight, block.mlp.fc1.bias):
                 parameter[256:] = parameter[:256]
     reference.save_reference(model, "vit", {}, tmp_path)
-    images = random_images(TEST, 1)
+    # Images that lie between no two classes: the ridge moves logits by some hundredths.
+    images = random_images(4 * TEST, 1)
     with torch.no_grad():
-        labels = model(cifar.normalize(images)).argmax(-1)
+        logits = model(cifar.normalize(images))
+    margins = logits.topk(2).values.diff().abs().flatten()
+    clear = margins.argsort(descending=True)[:TEST]
+    images, labels = images[clear], logits[clear].argmax(-1)
     write_parquet(tmp_path / "data", "train", random_images(TRAIN, 2), random_labels(TRAIN, 2))
     write_parquet(tmp_path / "data", "test", images, labels)
 
@@ -365,9 +369,8 @@ def test_compensation(tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "compensation_vit.json").read_text())
     assert record["dense"]["accuracy"] == 1
     found = {name: values[0] for name, values in record["accuracy"]["0.5"].items()}
-    # Exact but for the ridge, which may turn one image that lies between two classes.
-    assert found["Reconstruction + affine"] >= 1 - 1 / TEST
-    assert found["Reconstruction"] < found["Reconstruction + affine"]
+    assert found["Reconstruction + affine"] == 1
+    assert found["Reconstruction"] < 1
     assert found.keys() == set(recipes)
     assert record["images"][full]["24"]["0.5"] == found[full]
     assert capsys.readouterr().out.strip() == compensation_report.report(record).strip()

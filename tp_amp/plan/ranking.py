@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from tp_amp.plan.cutting import site_group
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.structure.model_structure import ModelStructure, Site
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan_from_importance(

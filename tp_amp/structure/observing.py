@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,9 +11,6 @@ from torch import nn
 from tp_amp.running.checks import check_not_compiled
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.structure.attention.adapting import exposing
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
