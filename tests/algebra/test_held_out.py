@@ -150,6 +150,19 @@ def test_what_few_tokens_foresee_is_what_others_show() -> None:
     assert float(found[-1]) == pytest.approx(0, abs=1e-9)
 
 
+def test_a_wider_layer_is_never_foreseen_worse() -> None:
+    """Half as many channels as tokens of a half fit worst; more of them don't make it worse."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator, dtype=torch.float64)
+    for count in (6, 10, 16, 24, 40, 80):
+        x = torch.randn(count, 64, generator=generator, dtype=torch.float64).relu()
+        halves = Halves().add(x, x[:, :0], second=dealt(count))
+        order, errors = reconstruction_order(halves.whole.inputs, weight)
+        found = foreseen_errors(errors, order, halves, weight)
+        assert bool((found[1:] <= found[:-1]).all())
+        assert bool((found >= errors - 1e-9).all())
+
+
 def test_foreseen_errors_of_many_tokens_stay() -> None:
     x = torch.randn(500, 6, dtype=torch.float64)
     halves = Halves().add(x, x[:, :0], second=dealt(10))
