@@ -29,25 +29,43 @@ def test_a_callable_objective_gives_the_sum_of_outer_products() -> None:
     assert fingerprint(model) == before
     for layer in LAYERS:
         gradients = [gradient_of(model, layer, image, squares) for image in images()]
-        expected = sum(g.T @ g for g in gradients) / len(gradients)
+        products = torch.stack([g.T @ g for g in gradients])
+        mean = products.mean(0)
+        # Ledoit and Wolf: towards the mean eigenvalue, by what the mean of the products varies by.
+        middle = mean.trace() / len(mean) * torch.eye(len(mean), dtype=torch.double)
+        varies = (products - mean).square().sum() / len(products) / (len(products) - 1)
+        share = varies / (mean - middle).square().sum()
+        assert 0.05 < share < 0.95
+        expected = (1 - share) * mean + share * middle
         assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_predictions_give_the_fisher_information() -> None:
-    """Labels are drawn from the model; over many draws that is the mean over all labels."""
+    """Labels are drawn from the model, one in ten from all; of many draws the mean is known."""
     model = toy()
     model.head.weight.data *= 8  # so that labels differ in probability
     few = images(4)
-    many = [few] * 500
+    many = [few] * 1000
     found = output_sensitivity(model, LAYERS[1:], many, Objective("prediction"))[LAYERS[1]]
     expected = torch.zeros(12, 12, dtype=torch.double)
     for image in few:
-        p = model(image[None])[0].softmax(-1).detach()
+        p = 0.9 * model(image[None])[0].softmax(-1).detach() + 0.1 / 5
         for label, weight in enumerate(p.double()):
             loss = lambda logits, label=label: -logits.log_softmax(-1)[0, label]  # noqa: E731
             gradient = gradient_of(model, LAYERS[1], image, loss)
             expected += weight * (gradient.T @ gradient) / len(few)
     assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_errors_of_a_certain_model_are_not_free() -> None:
+    model = toy()
+    model.head.weight.data *= 1e3
+    many = [images()] * 30
+    found = output_sensitivity(model, LAYERS, many, Objective("prediction"))
+    model.head.weight.data /= 1e3
+    unsure = output_sensitivity(model, LAYERS, many, Objective("prediction"))
+    for layer in LAYERS:
+        assert found[layer].trace() > unsure[layer].trace()
 
 
 def test_it_is_the_same_each_time() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tp_amp.algebra.shrinkage import SampleMoments
 from tp_amp.importance.objectives import Objective, resolve_on
 from tp_amp.importance.recomputing import recomputed
 from tp_amp.running.batches import stream
@@ -20,6 +21,9 @@ from tp_amp.structure.observing import observing
 # What the objective does not see of a layer still steers what comes after it: such a share of the
 # mean is added to what errors cost.
 LEAST = 0.1
+# How often any class is drawn instead of one that the model expects. Where it is certain, it would
+# be asked for that class alone, whose gradient is nought however near the others are.
+_UNSURE = 0.1
 
 
 def output_sensitivity(
@@ -34,9 +38,13 @@ def output_sensitivity(
 ) -> dict[str, Tensor]:
     """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
 
+    Images are few, so the mean is drawn to its mean eigenvalue by what it varies (`SampleMoments`):
+    else errors in directions that no image asked for would cost nothing.
+
     The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
-    model's own softmax p (of its logits, or of the similarities of a batch), so that 1/2 tr(G E) is
-    how many nats an error of the output with second moment E costs, to second order. For a callable
+    model's own softmax p (of its logits, or of the similarities of a batch), and one time in ten
+    from all classes alike. So 1/2 tr(G E) is how many nats an error of the output with second
+    moment E costs, to second order, and not nothing where the model is certain. For a callable
     objective it is its own gradient.
 
     Args:
@@ -56,7 +64,7 @@ def output_sensitivity(
             has no blocks one after another for `activation_checkpointing`.
     """
     resolved = resolve_on(objective, model, batches)
-    totals: dict[str, Tensor] = {}
+    moments: dict[str, SampleMoments] = {}
     images = 0
     with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
         own = stream(batches, model, description="sensitivity", progress=progress)
@@ -64,13 +72,16 @@ def output_sensitivity(
             gradients = _gradients(model, layers, turn, resolved, skip_unused)
             for name, gradient in gradients.items():
                 rows = _rows(model.get_submodule(name), gradient)
-                totals[name] = totals.get(name, 0) + rows.T @ rows
+                own_images = turn.inputs.images if turn.inputs else 0
+                moments.setdefault(name, SampleMoments()).add(rows, own_images)
             images += turn.images
         # One by one: all at once would take much memory.
-        for name in totals:
-            totals |= add_up_named(f"the sensitivity of {name}", {name: totals[name]})
-    _check_finite(totals)
-    return {name: total / images for name, total in totals.items()}
+        for name, found in moments.items():
+            sums = {"total": found.total, "squares": found.squares}
+            sums = add_up_named(f"the sensitivity of {name}", sums)
+            found.total, found.squares, found.count = sums["total"], sums["squares"], images
+    _check_finite({name: found.total for name, found in moments.items()})
+    return {name: found.shrunk() for name, found in moments.items()}
 
 
 def place_sensitivity(
@@ -195,7 +206,10 @@ def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:
         inputs = turn.inputs
         return torch.zeros(()) if inputs is None else objective(model, inputs) * inputs.images
     log_p = logits.double().log_softmax(-1)
-    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1)
+    chances = log_p.detach().exp().cpu()
+    possible = log_p.detach().isfinite().cpu()
+    chances = (1 - _UNSURE) * chances + _UNSURE * possible / possible.sum(-1, keepdim=True)
+    drawn = torch.multinomial(chances, 1)
     if objective.kind == "similarity":  # all ranks have the same rows
         drawn = agree("what was drawn", drawn)
     drawn = drawn.to(log_p.device)
