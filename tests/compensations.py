@@ -58,8 +58,32 @@ def lstsq(x: Tensor, y: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
     return solution[: x.shape[1]].T, solution[x.shape[1] :].flatten()
 
 
-def hand_fitted(model: nn.Module, keep: Keep, batch: Tensor) -> nn.Module:
-    """Cut and refit one Linear after another, the later ones on the corrected model."""
+def after(name: str) -> tuple[str, int]:
+    """Where a toy's stream is once an MLP or attention has written to it.
+
+    A module, and whether the stream is its input or its output, 0 or 1; of layers that do not
+    write to it, their own output.
+    """
+    block, _, part = name.rpartition(".mlp.")
+    if part in ("second", "out"):
+        return block, 1
+    if name.endswith("project"):
+        return name.replace("project", "norm2"), 0
+    # Blocks that are MLPs, added to the stream outside of them.
+    following = {"blocks.0.second": "blocks.1", "blocks.1.second": "head"}
+    return (following[name], 0) if name in following else (name, 1)
+
+
+def hand_fitted(
+    model: nn.Module,
+    keep: Keep,
+    batch: Tensor,
+    place: Callable[[str], tuple[str, int]] = after,
+) -> nn.Module:
+    """Cut and refit one Linear after another, the later ones on the corrected model.
+
+    Each makes up for what the stream lacks behind it.
+    """
     dense, cut = model, copy.deepcopy(model)
     for name, units in keep.items():
         mlp, down = cut.get_submodule(name.rpartition(".")[0]), cut.get_submodule(name)
@@ -68,8 +92,9 @@ def hand_fitted(model: nn.Module, keep: Keep, batch: Tensor) -> nn.Module:
                 part.weight = nn.Parameter(part.weight.detach()[units])
                 part.bias = None if part.bias is None else nn.Parameter(part.bias.detach()[units])
         down.weight = nn.Parameter(down.weight.detach()[:, units])
-        hidden, given = stored(cut, name, batch)
-        target = stored(dense, name, batch)[1]
+        hidden, _ = stored(cut, name, batch)
+        module, side = place(name)
+        given, target = (stored(one, module, batch)[side] for one in (cut, dense))
         biased = down.bias is not None
         weight, bias = lstsq(hidden, target - given, biased)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from compensations import (
     DOWN,
     KEEP,
     Tokenwise,
+    after,
     compensated,
     kept,
     same_weights,
@@ -140,7 +141,7 @@ def test_costs_are_those_of_the_sensitivity(known: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     sensitivity = root @ root.T if known else None
-    factor = cost_factor(sensitivity, 5)
+    factor = cost_factor(sensitivity, 5, torch.ones(()))
     error = torch.randn(5, generator=generator, dtype=torch.float64)
     expected = error @ error
     if sensitivity is not None:
@@ -149,11 +150,23 @@ def test_costs_are_those_of_the_sensitivity(known: bool) -> None:
     assert float((error @ factor.double()).square().sum()) == pytest.approx(float(expected))
 
 
+def test_what_is_scaled_on_its_way_costs_what_is_seen_of_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([2.0, -0.5, 1.0, 0.0], dtype=torch.float64)
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    seen = root @ root.T
+    seen[3], seen[:, 3] = 0, 0
+    factor = cost_factor(seen * torch.outer(scale, scale), 4, scale)
+    expected = seen / seen.diagonal().mean() + 0.1 * torch.eye(4)
+    torch.testing.assert_close(factor @ factor.T, expected)
+
+
 def costs(model: nn.Module, cut: nn.Module, name: str, batch: Tensor) -> Tensor:
     """What the error of a layer's output costs by the Fisher information, but for a factor."""
     sensitivity = output_sensitivity(model, [name], [batch], Objective(), progress=False)[name]
     metric = sensitivity / sensitivity.diagonal().mean() + 0.1 * torch.eye(len(sensitivity))
-    errors = stored(cut, name, batch)[1] - stored(model, name, batch)[1]
+    place, side = after(name)  # what the stream lacks counts
+    errors = stored(cut, place, batch)[side] - stored(model, place, batch)[side]
     return ((errors @ metric) * errors).sum(1)
 
 

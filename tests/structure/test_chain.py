@@ -11,7 +11,8 @@ from zoo import TIMM
 
 import tp_amp
 from tp_amp.running.inputs import Inputs
-from tp_amp.structure.chain import find_chain, first_tensor
+from tp_amp.running.watching import first_tensor
+from tp_amp.structure.chain import find_chain
 
 
 def names(model: nn.Module, inputs: Tensor, layers: list[str]) -> list[str]:

@@ -16,6 +16,8 @@ from tp_amp.algebra.moments import Halves, Moments
 STRONGER = (1.0, 30.0, 1e3, 3e4)
 # Shares of a layer's width that are judged on images held out.
 _JUDGED = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+# Of an error on the images fitted: up to there, others are fitted as well.
+_ALIKE = 1.05
 Solve = Callable[[Moments], Correction]
 
 
@@ -61,11 +63,12 @@ def solvers(method: Method, *, bias: bool, ridge: float, name: str) -> list[Solv
 def best_correction(
     halves: Halves, method: Method, *, bias: bool = True, ridge: float = RIDGE, name: str = ""
 ) -> Correction:
-    """Solve as asked for, or where tokens are few as errs least on images held out.
+    """Solve as asked for, or as errs least on images held out where these are fitted worse.
 
-    Few tokens are fitted exactly and others badly. So there the ridge, the means alone, or no
-    correction at all is chosen by `held_out_error`, and then solved on all tokens. Where a
-    single image is all there is, nothing can be held out, and the means alone are corrected.
+    Few tokens are fitted exactly and others badly, and tokens of one image that are much alike
+    count as few. So the ridge, the means alone, or no correction at all is chosen by
+    `held_out_error`, and then solved on all tokens. Where a single image is all there is, nothing
+    can be held out; if it has few tokens, the means alone are corrected.
 
     Args:
         halves: of the cut layer.
@@ -78,12 +81,16 @@ def best_correction(
         ValueError: the moments are of no tokens.
     """
     whole = halves.whole
-    if method != "affine" or not halves.few:
-        return correct(whole, method, bias=bias, ridge=ridge, name=name)
     asked = solvers(method, bias=bias, ridge=ridge, name=name)
-    errors = [held_out_error(solve, halves) for solve in asked]
-    if not math.isfinite(min(errors)):
-        return correct(whole, "mean", bias=bias, name=name)
+    as_asked = asked[0](whole)
+    if method != "affine":
+        return as_asked
+    error = held_out_error(asked[0], halves)
+    if not math.isfinite(error):
+        return correct(whole, "mean", bias=bias, name=name) if halves.few else as_asked
+    if error <= _ALIKE * as_asked.error:
+        return as_asked
+    errors = [error, *(held_out_error(solve, halves) for solve in asked[1:])]
     return asked[errors.index(min(errors))](whole)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,13 @@ logger = logging.getLogger(__name__)
 _RATE = 0.1
 
 
-def cost_factors(
+def sensitivities(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Sequence[Inputs],
     *,
     activation_checkpointing: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | None]:
     """What errors of the MLPs that can be refined cost the dense model's predictions.
 
     Args:
@@ -39,8 +38,8 @@ def cost_factors(
         activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Returns:
-        `down` -> L, `(outputs, outputs)`: an error e of the outputs that stay costs |e L|^2, by the
-        Fisher information, relative to its mean over the outputs.
+        `down` -> G of `output_sensitivity` for the outputs that stay, `(outputs, outputs)`; None
+        where the predictions do not depend on them.
     """
     mlps: dict[str, Layer] = {}
     for layer in layers:
@@ -60,31 +59,38 @@ def cost_factors(
         activation_checkpointing=activation_checkpointing,
         progress=False,
     )
-    factors = {}
+    costs: dict[str, Tensor | None] = {}
     for name, layer in mlps.items():
-        weight: Any = model.get_submodule(name).weight
-        kept = list(range(len(weight)) if layer.outputs is None else layer.outputs)
-        sensitivity = found[name][kept][:, kept] if name in found else None
-        factors[name] = cost_factor(sensitivity, len(kept))
-    return factors
+        costs[name] = found.get(name)
+        if name in found and layer.outputs is not None:
+            costs[name] = found[name][list(layer.outputs)][:, list(layer.outputs)]
+    return costs
 
 
-def cost_factor(sensitivity: Tensor | None, outputs: int) -> Tensor:
-    """A factor L by which an error e of a layer's output costs |e L|^2.
+def cost_factor(sensitivity: Tensor | None, outputs: int, scale: Tensor) -> Tensor:
+    """A factor L by which an error e of a layer's output, times a scale, costs |e L|^2.
 
     Args:
         sensitivity: `(outputs, outputs)`, of `output_sensitivity`; None for the same cost of all.
         outputs: of the layer.
+        scale: what each output is multiplied by where the error is seen, `(outputs,)` or one.
+
+    Returns:
+        L, `(outputs, outputs)`; costs are relative to their mean over the outputs.
 
     Example:
-        >>> cost_factor(torch.diag(torch.tensor([1.9, 0.1])), 2)
+        >>> cost_factor(torch.diag(torch.tensor([1.9, 0.1])), 2, torch.ones(()))
         tensor([[1.4142, 0.0000],
                 [0.0000, 0.4472]])
     """
     if sensitivity is None or not float(sensitivity.diagonal().sum()) > 0:
         return torch.eye(outputs)
+    # What the output is multiplied by is in its gradients too.
+    scale = scale.to(sensitivity).expand(outputs)
+    share = torch.where(scale == 0, 0, 1 / scale)
+    seen = sensitivity * torch.outer(share, share)
     least = LEAST * torch.eye(outputs).to(sensitivity)
-    factor: Tensor = torch.linalg.cholesky(sensitivity / sensitivity.diagonal().mean() + least)
+    factor: Tensor = torch.linalg.cholesky(seen / seen.diagonal().mean() + least)
     return factor
 
 

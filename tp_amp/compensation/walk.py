@@ -22,15 +22,16 @@ from tp_amp.compensation.recipe import (
     place_weights,
     tell_few,
 )
-from tp_amp.compensation.refinement import cost_factors, refine, spread
+from tp_amp.compensation.refinement import cost_factor, refine, sensitivities, spread
+from tp_amp.compensation.stream import Place, find_place
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
 from tp_amp.running.distributed import together
 from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
-from tp_amp.running.watching import called_with, watch
-from tp_amp.structure.chain import Step, first_tensor
+from tp_amp.running.watching import called_with, first_tensor, watch
+from tp_amp.structure.chain import Step
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
 
@@ -81,12 +82,12 @@ def fit(
                 chain = structure.chain(few, [site.name for site in sites])
             layers = layers_to_fit(graph, few, sites, keep, recipe)
         places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
-        factors: dict[str, Tensor] = {}
+        costs: dict[str, Tensor | None] = {}
         if recipe.refine:
             again = recipe.activation_checkpointing
-            factors = cost_factors(model, layers, inputs, activation_checkpointing=again)
+            costs = sensitivities(model, layers, inputs, activation_checkpointing=again)
         with observing(model, gradients=False):
-            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, factors)
+            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     tell_few(walk.few)
@@ -105,13 +106,13 @@ class _Walk:
         inputs: list[Inputs],
         chain: list[Step],
         places: Mapping[str, Tensor],
-        factors: Mapping[str, Tensor],
+        costs: Mapping[str, Tensor | None],
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
         self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
-        self.factors = factors
+        self.costs = costs
         self.second = [in_second_half(batch.tensors()[0]) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
@@ -126,18 +127,25 @@ class _Walk:
         following: list[Any] = []
         for layer in inside:
             goes_on = layer is inside[-1] and step is not self.last
+            place = self._place(layer, module, step)
             targets = []
             for state in self.dense:
-                (_, target), output = watch(
-                    module, self.model, layer.name, _inputs(step, state), stop=not goes_on
+                seen, output = watch(
+                    module,
+                    self.model,
+                    layer.name,
+                    _inputs(step, state),
+                    stop=not goes_on,
+                    later=place.name if place else None,
                 )
+                target = seen.outputs if seen.later is None else seen.later
                 targets.append(target if layer.outputs is None else target[:, layer.outputs])
                 following += [first_tensor(output)] if goes_on else []
             with self._cut(inside):
-                self.corrections[layer.name] = self._fit(layer, module, step, targets)
-            if layer.name in self.factors:
+                self.corrections[layer.name] = self._fit(layer, module, step, targets, place)
+            if layer.name in self.costs:
                 with self._cut(inside):
-                    self._refine(layer, module, step, targets)
+                    self._refine(layer, module, step, targets, place)
         if step is self.last:
             return
         if not inside:
@@ -146,29 +154,52 @@ class _Walk:
         with self._cut(inside):
             self.cut = [first_tensor(_inputs(step, x).call(module)) for x in self.cut]
 
+    def _place(self, layer: Layer, module: nn.Module, step: Step) -> Place | None:
+        """Where the layer writes to a residual stream, whose errors it can then take out."""
+        if layer.outputs is not None:
+            return None
+        inputs = _inputs(step, self.dense[0])
+        return find_place(module, self.model, layer.name, inputs, self.given[0])
+
     def _fit(
-        self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]
+        self,
+        layer: Layer,
+        module: nn.Module,
+        step: Step,
+        targets: list[Tensor],
+        place: Place | None,
     ) -> Correction:
+        """Fit a layer to its targets; those of the stream become what the layer should add."""
         halves = Halves(layer.name)
-        for state, target, given, second in zip(
-            self.cut, targets, self.given, self.second, strict=True
-        ):
-            (hidden, output), _ = watch(
-                module, self.model, layer.name, _inputs(step, state), stop=True
-            )
-            weights = self._weights(layer, given, len(hidden))
-            halves.add(layer.inputs(hidden, self.keep), target - output, weights, second=second)
+        later = place.name if place else None
+        for batch, state in enumerate(self.cut):
+            inputs = _inputs(step, state)
+            seen, _ = watch(module, self.model, layer.name, inputs, stop=True, later=later)
+            hidden = layer.inputs(seen.inputs, self.keep)
+            weights = self._weights(layer, self.given[batch], len(hidden))
+            residuals = targets[batch] - (seen.outputs if seen.later is None else seen.later)
+            if place:
+                targets[batch] = seen.outputs * place.scale.to(seen.outputs) + residuals
+            halves.add(hidden, residuals, weights, second=self.second[batch])
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
         halves = halves.merged(f"the moments of {layer.name}")
         if self.recipe.method == "affine" and halves.few:
             self.few.append(layer.name)
-        return corrected(layer.name, halves, self.recipe, bias)
+        found = corrected(layer.name, halves, self.recipe, bias)
+        return place.as_output(found) if place else found
 
     def _weights(self, layer: Layer, given: Tensor | None, tokens: int) -> Tensor | None:
         return repeated(self.places.get(layer.name), tokens) if given is None else given
 
-    def _refine(self, layer: Layer, module: nn.Module, step: Step, targets: list[Tensor]) -> None:
+    def _refine(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        step: Step,
+        targets: list[Tensor],
+        place: Place | None,
+    ) -> None:
         """Improve the layers of an MLP together; what that changes is added to the corrections."""
         site: Any = layer.site
         part = self.model.get_submodule(site.name)
@@ -177,7 +208,9 @@ class _Walk:
         if len(read) < len(states):  # only its layers are called, not what holds them
             part, read = module, states
         kind = torch.promote_types(targets[0].dtype, torch.float32)
-        factor = self.factors[layer.name].to(targets[0].device, kind)
+        scale = torch.ones((), device=targets[0].device) if place is None else place.scale
+        cost = cost_factor(self.costs[layer.name], targets[0].shape[1], scale)
+        factor = cost.to(targets[0].device, kind)
 
         def costly(values: Tensor, batch: int) -> Tensor:
             """Values whose squares add up to what they cost as errors."""
@@ -188,8 +221,10 @@ class _Walk:
             return weights[seen].sqrt().to(factor)[:, None] * (values[seen].to(factor) @ factor)
 
         def loss(batch: int) -> Tensor:
-            (_, output), _ = watch(part, self.model, layer.name, read[batch], stop=True)
-            return costly(output - targets[batch], batch).square().sum()
+            seen, _ = watch(part, self.model, layer.name, read[batch], stop=True)
+            return (
+                costly(seen.outputs * scale.to(seen.outputs) - targets[batch], batch).square().sum()
+            )
 
         names = [name for name in (*site.up, site.down) if name in self.corrections]
         layers = {name: self.model.get_submodule(name) for name in names}

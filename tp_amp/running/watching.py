@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,35 +13,72 @@ from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import Stop, hooks
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One call of a layer.
+
+    Attributes:
+        inputs: `(tokens, inputs)`; `outputs`: `(tokens, outputs)`.
+        later: what a module behind the layer was called with, or the output of the module that was
+            run, `(tokens, outputs)`; None where it was not asked for.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    later: Tensor | None = None
+
+
 def watch(
-    module: nn.Module, model: nn.Module, name: str, inputs: Inputs, *, stop: bool
-) -> tuple[tuple[Tensor, Tensor], Any]:
-    """Run a module; give a layer's input and output as `(tokens, channels)`, and the output.
+    module: nn.Module,
+    model: nn.Module,
+    name: str,
+    inputs: Inputs,
+    *,
+    stop: bool,
+    later: str | None = None,
+) -> tuple[Seen, Any]:
+    """Run a module; give what a layer in it reads and gives, and the module's output.
 
     Args:
         module: is run: the model or a part of it.
         model: holds the layer.
         name: path of the layer in the model.
         inputs: of the module.
-        stop: whether to end the pass at the layer; the output is None then.
+        stop: whether to end the pass once all is seen; the output is None then.
+        later: path of a module that is called after the layer with as many values as the layer
+            gives, or empty for the output, to see these too.
 
     Raises:
         ValueError: the layer is not called.
     """
     layer = model.get_submodule(name)
     seen: list[tuple[Tensor, Tensor]] = []
+    after: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((_tokens(layer, args[0]), _tokens(layer, output)))
+        seen.append((tokens_of(layer, args[0]), tokens_of(layer, output)))
+        if stop and later is None:
+            raise Stop
+
+    def see_later(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not seen or after:
+            return
+        after.append(args[0].reshape(seen[0][1].shape))
         if stop:
             raise Stop
 
+    handles = [layer.register_forward_hook(see)]
+    if later:
+        handles.append(model.get_submodule(later).register_forward_pre_hook(see_later))
     output = None
-    with hooks([layer.register_forward_hook(see)]), suppress(Stop):
+    with hooks(handles), suppress(Stop):
         output = inputs.call(module)
     if not seen:
         raise ValueError(f"{name} was not called on a batch; check the batches")
-    return seen[0], output
+    result = first_tensor(output)
+    if later == "" and result is not None:
+        after.append(result.reshape(seen[0][1].shape))
+    return Seen(*seen[0], after[0] if after else None), None if stop else output
 
 
 def called_with(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | None:
@@ -69,7 +107,15 @@ def calls_in_order(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> li
     return called
 
 
-def _tokens(layer: nn.Module, values: Tensor) -> Tensor:
+def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:
+    """A layer's input or output as `(tokens, channels)`."""
     if isinstance(layer, nn.Conv2d):
         values = values.movedim(1, -1)
     return values.reshape(-1, values.shape[-1])
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The state in a module's output: the output, or the first of several."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None

@@ -14,7 +14,7 @@ from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
-from tp_amp.running.watching import watch
+from tp_amp.running.watching import Seen, watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.observing import observing
@@ -70,27 +70,23 @@ class Compensator:
     def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:
             moments = Halves(site.down)
-            for (values, _), weights, second in self._calls(site, down):
-                hidden = values[:, site.first : site.first + site.width]
+            for call, weights, second in self._calls(site, down):
+                hidden = call.inputs[:, site.first : site.first + site.width]
                 moments.add(hidden, hidden[:, :0], weights, second=second)
             self._moments = site.down, moments.merged(f"the moments of {site.down}")
         return self._moments[1]
 
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Halves:
         if self._targets is None or self._targets[0] != site.down:
-            self._targets = site.down, [output for (_, output), _, _ in self._calls(site, down)]
+            self._targets = site.down, [call.outputs for call, _, _ in self._calls(site, down)]
         moments = Halves(site.down)
         with narrowed(self.graph, site, kept):
             calls = self._calls(site, down)
-            for target, ((hidden, output), weights, second) in zip(
-                self._targets[1], calls, strict=True
-            ):
-                moments.add(hidden, target - output, weights, second=second)
+            for target, (call, weights, second) in zip(self._targets[1], calls, strict=True):
+                moments.add(call.inputs, target - call.outputs, weights, second=second)
         return moments.merged(f"the moments of {site.down}")
 
-    def _calls(
-        self, site: Site, down: nn.Module
-    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None, Tensor]]:
+    def _calls(self, site: Site, down: nn.Module) -> Iterator[tuple[Seen, Tensor | None, Tensor]]:
         """What `down` reads and gives on each batch, the weights of tokens, and images' halves."""
         model: nn.Module = self.graph.model
         with observing(model, gradients=False):
@@ -98,5 +94,5 @@ class Compensator:
                 call, _ = watch(model, model, site.down, batch, stop=True)
                 second = in_second_half(batch.tensors()[0])
                 given = given_weights(self.recipe, batch)
-                places = repeated(self.places.get(site.down), len(call[0]))
+                places = repeated(self.places.get(site.down), len(call.inputs))
                 yield call, places if given is None else given, second

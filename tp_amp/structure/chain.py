@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, hooks, shapes_first
+from tp_amp.running.watching import first_tensor
 
 
 @dataclass
@@ -213,10 +214,3 @@ def all_tensors(value: Any) -> list[Tensor]:
 
 def _reads_images(rest: Inputs) -> bool:
     return any(t.requires_grad for t in all_tensors([rest.args, rest.kwargs]))
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The state in a module's output: the output, or the first of several."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
