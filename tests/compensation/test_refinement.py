@@ -25,15 +25,31 @@ from toys import fingerprint, images, perturbed, relative, toy
 
 import tp_amp
 from tp_amp.algebra.closed_form import Correction
+from tp_amp.compensation import costs as costs_of
 from tp_amp.compensation import refinement
-from tp_amp.compensation import walk as refit
-from tp_amp.compensation.refinement import cost_factor, refine, spread
+from tp_amp.compensation.costs import cost_factor, spread
+from tp_amp.compensation.refinement import refine
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
 
 
 def squares(layer: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], Tensor]:
     return lambda: (layer(inputs) - targets).square().sum()
+
+
+class Losses:
+    """A sum of losses, a step for each."""
+
+    def __init__(self, *losses: Callable[[], Tensor]) -> None:
+        self.losses, self.steps = losses, len(losses)
+
+    def loss(self, step: int, steps: int) -> Tensor:
+        return steps * self.losses[step]()
+
+    def total(self) -> float:
+        return sum(float(loss()) for loss in self.losses)
+
+    judged = total
 
 
 def regression(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -50,7 +66,7 @@ def test_a_linear_layer_comes_to_least_squares() -> None:
     losses = [
         squares(layer, x, y) for x, y in zip(inputs.split(16), targets.split(16), strict=True)
     ]
-    added = refine({"layer": layer}, losses, whole, passes=60)["layer"]
+    added = refine({"layer": layer}, Losses(*losses), whole, passes=60)["layer"]
     assert all(torch.equal(layer.state_dict()[key], before[key]) for key in before)
     rows = np.concatenate([inputs.numpy(), np.ones((64, 1))], 1)
     best = np.linalg.lstsq(rows, targets.numpy(), rcond=None)[1].sum()
@@ -66,8 +82,10 @@ def test_a_linear_layer_comes_to_least_squares() -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 def test_the_scale_of_the_losses_does_not_matter(scale: float) -> None:
     layer, inputs, targets = regression()
-    plain = refine({"": layer}, [squares(layer, inputs, targets)], 10, 5)
-    other = refine({"": layer}, [lambda: scale * squares(layer, inputs, targets)()], 10 * scale, 5)
+    plain = refine({"": layer}, Losses(squares(layer, inputs, targets)), 10, 5)
+    other = refine(
+        {"": layer}, Losses(lambda: scale * squares(layer, inputs, targets)()), 10 * scale, 5
+    )
     assert relative(other[""]["weight"], plain[""]["weight"]) < 1e-4
 
 
@@ -80,14 +98,14 @@ def test_low_precision_loses_no_small_steps() -> None:
     def loss() -> Tensor:
         return (layer(torch.zeros(1, 6, dtype=torch.bfloat16)).float() - 1.1).square().sum()
 
-    added = refine({"": layer}, [loss], 0.0, 1000)[""]
+    added = refine({"": layer}, Losses(loss), 0.0, 1000)[""]
     assert (layer.bias.double() + added["bias"]).tolist() == pytest.approx([1.1] * 3, abs=0.008)
 
 
 def test_what_is_nearly_right_is_hardly_moved() -> None:
     layer, inputs, targets = regression()
     far, near = (
-        refine({"": layer}, [squares(layer, inputs, targets)], whole, 1)[""]["weight"]
+        refine({"": layer}, Losses(squares(layer, inputs, targets)), whole, 1)[""]["weight"]
         for whole in (1e2, 1e6)
     )
     assert far.abs().max() == pytest.approx(100 * float(near.abs().max()), rel=1e-3)
@@ -116,7 +134,7 @@ def test_corrections_add_up() -> None:
 @pytest.mark.parametrize("loss", [0.0, 1.0, float("nan"), float("inf")])
 def test_nothing_is_added_where_nothing_gets_better(loss: float) -> None:
     layer, inputs, _ = regression()
-    assert refine({"": layer}, [lambda: 0 * layer(inputs).sum() + loss], 10.0, 3) == {}
+    assert refine({"": layer}, Losses(lambda: 0 * layer(inputs).sum() + loss), 10.0, 3) == {}
 
 
 def test_parameters_are_given_back_after_an_error() -> None:
@@ -131,7 +149,7 @@ def test_parameters_are_given_back_after_an_error() -> None:
         return squares(layer, inputs, targets)()
 
     with pytest.raises(KeyboardInterrupt):
-        refine({"": layer}, [loss], 1.0, 10)
+        refine({"": layer}, Losses(loss), 1.0, 10)
     assert all(layer._parameters[key] is own[key] for key in own)
     assert layer.weight.grad is None
 
@@ -193,7 +211,7 @@ def test_what_matters_is_fitted_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = toy(classes=2), images(64)
     options: dict[str, Any] = {"every_linear": True, "refine": 100}
     better, _ = compensated(model, KEEP, [batch], **options)
-    monkeypatch.setattr(refinement, "output_sensitivity", lambda *_, **__: {})
+    monkeypatch.setattr(costs_of, "output_sensitivity", lambda *_, **__: {})
     plain, _ = compensated(model, KEEP, [batch], **options)
     assert cost(model, better, DOWN[1], batch) < 0.8 * cost(model, plain, DOWN[1], batch)
 
@@ -266,11 +284,11 @@ def test_the_loss_is_the_weighed_cost_of_the_errors(
     weights = torch.rand(30, 8, generator=torch.Generator().manual_seed(1)).double()
     found: list[float] = []
 
-    def see(_: Any, losses: Any, *rest: Any) -> dict[str, Any]:
-        found.append(sum(float(loss()) for loss in losses))
+    def see(_: Any, examples: Any, *rest: Any) -> dict[str, Any]:
+        found.append(examples.total() + examples.judged())
         return {}
 
-    monkeypatch.setattr(refit, "refine", see)
+    monkeypatch.setattr(refinement, "refine", see)
     cut, _ = compensated(
         model,
         keep,
@@ -323,7 +341,7 @@ def test_nothing_gained_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, batch = toy(), images(40)
-    monkeypatch.setattr(refit, "refine", lambda *_: {})
+    monkeypatch.setattr(refinement, "refine", lambda *_: {})
     with caplog.at_level(logging.WARNING):
         same, _ = compensated(model, KEEP, [batch], every_linear=True, refine=1)
     closed, _ = compensated(model, KEEP, [batch], every_linear=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tp_amp.compensation.layers_to_fit import Layer
-from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import LEAST, output_sensitivity
+from tp_amp.compensation.costs import cost_factor, spread
+from tp_amp.compensation.examples import Batches, Example, Tokens, steps_on
 from tp_amp.running.distributed import add_up_named, of_each
 from tp_amp.running.inputs import Inputs
-from tp_amp.structure.mlps import MLP
+from tp_amp.running.watching import watch
 
 logger = logging.getLogger(__name__)
 
@@ -22,112 +22,83 @@ logger = logging.getLogger(__name__)
 _RATE = 0.1
 
 
-def sensitivities(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    batches: Sequence[Inputs],
-    *,
-    activation_checkpointing: bool = False,
-) -> dict[str, Tensor | None]:
-    """What errors of the MLPs that can be refined cost the dense model's predictions.
+@dataclass(frozen=True)
+class PartOfMLP:
+    """An MLP in a model, cut and solved for.
+
+    Attributes:
+        part: what is run: the module of the MLP, or what holds its layers.
+        model: holds the layers.
+        down: path of the layer whose output counts.
+        names: paths of the layers that are trained.
+        scale: what the output is multiplied by where errors are seen, `(outputs,)` or one.
+        sensitivity: of the output, see `cost_factor`.
+    """
+
+    part: nn.Module
+    model: nn.Module
+    down: str
+    names: Sequence[str]
+    scale: Tensor
+    sensitivity: Tensor | None
+
+
+def refine_mlp(
+    mlp: PartOfMLP, examples: Sequence[Example], passes: int
+) -> dict[str, dict[str, Tensor]]:
+    """Improve the layers of an MLP together, by gradients of its own output's error.
 
     Args:
-        model: the dense model.
-        layers: that are fitted.
-        batches: unlabelled images, prepared.
-        activation_checkpointing: as for `EntropyTaylorImportance`.
+        mlp: is run, and left as it was.
+        examples: what it reads and should give, times the scale.
+        passes: over the images.
 
     Returns:
-        `down` -> G of `output_sensitivity` for the outputs that stay, `(outputs, outputs)`; None
-        where the predictions do not depend on them.
+        As `refine`.
     """
-    mlps: dict[str, Layer] = {}
-    for layer in layers:
-        if isinstance(layer.site, MLP) and (layer.site.fused or layer.site.first):
-            logger.warning("%s reads more than an MLP and is not refined", layer.name)
-        elif isinstance(layer.site, MLP):
-            mlps[layer.name] = layer
-    if not mlps:
-        return {}
-    raw = [batch.raw() for batch in batches]
-    found = output_sensitivity(
-        model,
-        mlps,
-        raw,
-        Objective(),
-        skip_unused=True,
-        activation_checkpointing=activation_checkpointing,
-        progress=False,
-    )
-    costs: dict[str, Tensor | None] = {}
-    for name, layer in mlps.items():
-        costs[name] = found.get(name)
-        if name in found and layer.outputs is not None:
-            costs[name] = found[name][list(layer.outputs)][:, list(layer.outputs)]
-    return costs
+    like = examples[0].targets
+    kind = torch.promote_types(like.dtype, torch.float32)
+    factor = cost_factor(mlp.sensitivity, like.shape[1], mlp.scale).to(like.device, kind)
+    scale = mlp.scale.to(like.device, kind)
 
+    def run(inputs: Inputs) -> Tensor:
+        seen, _ = watch(mlp.part, mlp.model, mlp.down, inputs, stop=True)
+        return seen.outputs.to(kind) * scale
 
-def cost_factor(sensitivity: Tensor | None, outputs: int, scale: Tensor) -> Tensor:
-    """A factor L by which an error e of a layer's output, times a scale, costs |e L|^2.
+    def cost(errors: Tensor) -> Tensor:
+        return errors.to(kind) @ factor
 
-    Args:
-        sensitivity: `(outputs, outputs)`, of `output_sensitivity`; None for the same cost of all.
-        outputs: of the layer.
-        scale: what each output is multiplied by where the error is seen, `(outputs,)` or one.
-
-    Returns:
-        L, `(outputs, outputs)`; costs are relative to their mean over the outputs.
-
-    Example:
-        >>> cost_factor(torch.diag(torch.tensor([1.9, 0.1])), 2, torch.ones(()))
-        tensor([[1.4142, 0.0000],
-                [0.0000, 0.4472]])
-    """
-    if sensitivity is None or not float(sensitivity.diagonal().sum()) > 0:
-        return torch.eye(outputs)
-    # What the output is multiplied by is in its gradients too.
-    scale = scale.to(sensitivity).expand(outputs)
-    share = torch.where(scale == 0, 0, 1 / scale)
-    seen = sensitivity * torch.outer(share, share)
-    least = LEAST * torch.eye(outputs).to(sensitivity)
-    factor: Tensor = torch.linalg.cholesky(seen / seen.diagonal().mean() + least)
-    return factor
-
-
-def spread(values: Iterable[Tensor]) -> float:
-    """The sum of squares around the mean, over all batches `(tokens, outputs)` of all ranks."""
-    sums: dict[str, Tensor] = {}
-    for batch in values:
-        part = batch.double()
-        count = torch.tensor(float(len(part)))
-        new = {"count": count, "sum": part.sum(0), "squares": part.square().sum()}
-        sums = {name: sums[name] + value if sums else value for name, value in new.items()}
-    sums = add_up_named("the outputs to refine", sums)
-    return float(sums["squares"] - sums["sum"].square().sum() / sums["count"].to(sums["sum"]))
+    whole = spread(cost(example.weighed()) for example in examples)
+    layers = {name: mlp.model.get_submodule(name) for name in mlp.names}
+    found = refine(layers, steps_on(run, cost, examples), whole, passes)
+    if not found:
+        logger.warning(
+            "%s: refining found nothing better than the closed form on images held out; try "
+            "more images or fewer passes",
+            mlp.down,
+        )
+    return found
 
 
 def refine(
-    layers: Mapping[str, nn.Module],
-    losses: Sequence[Callable[[], Tensor]],
-    whole: float,
-    passes: int,
+    layers: Mapping[str, nn.Module], examples: Tokens | Batches, whole: float, passes: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Minimise a sum of losses over weights and biases of layers by Adam, from where they are.
+    """Minimise a loss over weights and biases of layers by Adam, from where they are.
 
-    One step for each loss, or for those at the same place on all ranks of a process group. The
-    rate is a tenth of a layer's root mean square weight times the relative error to begin with, and
-    falls to nothing along a cosine: what is nearly right is hardly moved. Nothing is drawn at
-    random, and weights of less than float32 are trained in float32.
+    The rate is a tenth of a layer's root mean square weight times the relative error to begin with,
+    and falls to nothing along a cosine: what is nearly right is hardly moved. What is drawn is the
+    same each time, and weights of less than float32 are trained in float32. All ranks of a process
+    group take the same steps, each on examples of its own.
 
     Args:
         layers: module path -> layer; each has its own parameters back at the end.
-        losses: of each batch, as a sum over its tokens; they run the layers.
-        whole: what they would add up to for an output that is constant.
-        passes: how often to go through the losses.
+        examples: run the layers; the loss of some of them judges.
+        whole: what the loss would be for an output that is constant.
+        passes: how often to go through the examples.
 
     Returns:
-        Module path -> name of a parameter -> what to add to it. Nothing where all losses together
-        are not lower than before.
+        Module path -> name of a parameter -> what to add to it. Nothing where what judges is not
+        lower than before.
     """
     own = {name: dict(layer._parameters) for name, layer in layers.items()}
     used: dict[str, nn.Parameter] = {}
@@ -140,12 +111,13 @@ def refine(
                 sizes[f"{name}.{key}"] = size
                 layer._parameters[key] = used[f"{name}.{key}"]
     try:
-        before = after = _total(losses)
-        if 0 < before < math.inf:
-            rate = _RATE * math.sqrt(min(1.0, before / whole)) if whole > 0 else _RATE
+        start, before = _of_all(examples.total), _of_all(examples.judged)
+        after = before
+        if 0 < start < math.inf:
+            rate = _RATE * math.sqrt(min(1.0, start / whole)) if whole > 0 else _RATE
             rates = {name: rate * size for name, size in sizes.items()}
-            _descend(used, rates, losses, passes, before)
-            after = _total(losses)
+            _descend(used, rates, examples, passes, start)
+            after = _of_all(examples.judged)
     finally:
         for name, layer in layers.items():
             layer._parameters.update(own[name])
@@ -164,15 +136,15 @@ def refine(
 def _descend(
     used: dict[str, nn.Parameter],
     rates: dict[str, float],
-    losses: Sequence[Callable[[], Tensor]],
+    examples: Tokens | Batches,
     passes: int,
-    before: float,
+    start: float,
 ) -> None:
     """Take the steps; of parameters of lower precision a copy in float32 takes them."""
     trained = {n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in used.items()}
     groups = [{"params": [trained[name]], "lr": rates[name]} for name in used]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    counts = of_each("the number of batches", len(losses))
+    counts = of_each("the steps of a refinement", examples.steps)
     turns = max(counts) if isinstance(counts, list) else counts
     steps = passes * turns
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -180,11 +152,12 @@ def _descend(
     )
     for step in range(steps):
         gradients: dict[str, Tensor] = {}
-        if step % turns < len(losses):
-            with torch.enable_grad():
-                loss = losses[step % turns]() * (turns / before)
-                found = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
-            gradients = {n: g for n, g in zip(used, found, strict=True) if g is not None}
+        with torch.enable_grad():
+            loss = examples.loss(step % turns, turns)
+            if loss is not None:
+                parameters = list(used.values())
+                found = torch.autograd.grad(loss / start, parameters, allow_unused=True)
+                gradients = {n: g for n, g in zip(used, found, strict=True) if g is not None}
         gradients = add_up_named("the gradients of a refinement", gradients)
         for name, gradient in gradients.items():
             trained[name].grad = gradient.to(trained[name])
@@ -195,7 +168,7 @@ def _descend(
 
 
 @torch.no_grad()
-def _total(losses: Sequence[Callable[[], Tensor]]) -> float:
-    """The sum of the losses, of all ranks."""
-    found = of_each("the loss of a refinement", math.fsum(float(loss()) for loss in losses))
+def _of_all(loss: Callable[[], float]) -> float:
+    """The sum of a loss of all ranks."""
+    found = of_each("the loss of a refinement", loss())
     return math.fsum(found) if isinstance(found, list) else found

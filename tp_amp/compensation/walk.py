@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +11,8 @@ from torch import Tensor, nn
 
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
+from tp_amp.compensation.costs import sensitivities
+from tp_amp.compensation.examples import Example
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
 from tp_amp.compensation.recipe import (
     Recipe,
@@ -22,7 +22,7 @@ from tp_amp.compensation.recipe import (
     place_weights,
     tell_few,
 )
-from tp_amp.compensation.refinement import cost_factor, refine, sensitivities, spread
+from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
 from tp_amp.compensation.stream import Place, find_place
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
@@ -34,8 +34,6 @@ from tp_amp.running.watching import called_with, first_tensor, watch
 from tp_amp.structure.chain import Step
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -207,37 +205,20 @@ class _Walk:
         read = [called for state in states if (called := called_with(module, part, state))]
         if len(read) < len(states):  # only its layers are called, not what holds them
             part, read = module, states
-        kind = torch.promote_types(targets[0].dtype, torch.float32)
-        scale = torch.ones((), device=targets[0].device) if place is None else place.scale
-        cost = cost_factor(self.costs[layer.name], targets[0].shape[1], scale)
-        factor = cost.to(targets[0].device, kind)
-
-        def costly(values: Tensor, batch: int) -> Tensor:
-            """Values whose squares add up to what they cost as errors."""
-            weights = self._weights(layer, self.given[batch], len(values))
-            if weights is None:
-                return values.to(factor) @ factor
-            seen = weights > 0  # what padding holds must not matter, be it NaN
-            return weights[seen].sqrt().to(factor)[:, None] * (values[seen].to(factor) @ factor)
-
-        def loss(batch: int) -> Tensor:
-            seen, _ = watch(part, self.model, layer.name, read[batch], stop=True)
-            return (
-                costly(seen.outputs * scale.to(seen.outputs) - targets[batch], batch).square().sum()
+        examples = [
+            Example(
+                inputs,
+                target,
+                self._weights(layer, self.given[batch], len(target)),
+                len(self.second[batch]),
             )
-
+            for batch, (inputs, target) in enumerate(zip(read, targets, strict=True))
+        ]
+        targets.clear()
         names = [name for name in (*site.up, site.down) if name in self.corrections]
-        layers = {name: self.model.get_submodule(name) for name in names}
-        losses = [partial(loss, batch) for batch in range(len(read))]
-        whole = spread(costly(target, batch) for batch, target in enumerate(targets))
-        found = refine(layers, losses, whole, self.recipe.refine)
-        if not found:
-            logger.warning(
-                "%s: refining found nothing better than the closed form; try more passes, or "
-                "batches of fewer images",
-                layer.name,
-            )
-        for name, added in found.items():
+        scale = torch.ones(()) if place is None else place.scale
+        mlp = PartOfMLP(part, self.model, layer.name, names, scale, self.costs[layer.name])
+        for name, added in refine_mlp(mlp, examples, self.recipe.refine).items():
             self.corrections[name] = self.corrections[name].plus(added)
 
     @contextmanager
