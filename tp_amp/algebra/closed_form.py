@@ -24,13 +24,14 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Correction:
-    """What to add to a cut layer, and the mean squared error of its output.
+    """What to add to a cut layer, and the mean squared error that it leaves.
 
     Attributes:
         weight: `(outputs, inputs)`.
         bias: `(outputs,)`, None where there is none to add to.
-        error_before: mean of |r|^2 without the correction; `error`: with it, as it was solved for
-            (what is refined afterwards has another).
+        error_before: mean squared error without the correction, of the layer's output or of the
+            residual stream that it adds to; `error`: with it, as it was solved for (what is refined
+            afterwards has another).
         ridge: the lambda used, relative to the mean diagonal.
     """
 

@@ -40,15 +40,17 @@ def compensate(
     images: `mean` adds W_P (mean of h_P) to b; `affine` adds W_P B to W_S with B the ridge
     regression of h_P on h_S, and W_P (mean of h_P - B mean of h_S) to b (CORP, arXiv 2602.05243).
     Layers are fitted in the order of the forward pass, each on the model as cut and corrected so
-    far, against what the layer gives in the dense model. No labels.
+    far: those that add to a residual stream to what the stream lacks right behind them, others to
+    what the layer gives in the dense model. Half of the images judges what is fitted to the other
+    half; where it does worse there, a stronger ridge or less is taken. No labels.
 
     Args:
         model: the dense model.
         plan: from `plan_from_importance`, `AdaptiveMLPPruner` or by hand; MLPs and heads.
         batches: unlabelled images in batches `(images, ...)`; labels in them are ignored.
         method: `"none"`, `"mean"` or `"affine"`.
-        ridge: lambda relative to the mean diagonal of the kept channels' covariance; it grows
-            tenfold where there is no solution, and that is logged.
+        ridge: the least lambda, relative to the mean diagonal of the kept channels' covariance; it
+            grows tenfold where there is no solution, and that is logged.
         add_bias: give cut layers without a bias one; else the best correction without is taken.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives the
             weight of each token, `(images, tokens)`: 0 for padding. Or `"sensitivity"`: at each
@@ -58,16 +60,17 @@ def compensate(
             values, projections, `up` layers) against what they give in the dense model. It keeps
             more accuracy and takes about twice as long.
         refine: passes over the images, 10 say, in which both layers of each cut MLP are improved
-            together, by gradients of its own output's error alone, as costly to the dense model's
-            predictions. Needs `every_linear=True`. It keeps more where most is cut.
+            together, by gradients of what is missing behind it alone, as costly to the dense
+            model's predictions; on tokens drawn from all images but one in eight, which judges.
+            Needs `every_linear=True`. It keeps more where much is cut.
         activation_checkpointing: run each block again in the backward passes through the whole
             model, those of `refine` and `token_weights="sensitivity"`: for models too deep for the
             memory.
         progress: show a progress bar on a terminal.
 
     Returns:
-        Layer -> what was added, with the mean squared error of the layer's output before and
-        after on `batches`.
+        Layer -> what was added, with the mean squared error of the layer's output, or of the
+        stream that it adds to, before and after on `batches`.
 
     Raises:
         ValueError: the plan does not fit, an argument is out of range, or the model has no blocks

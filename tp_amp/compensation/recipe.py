@@ -28,12 +28,13 @@ class Recipe:
 
     Attributes:
         method: `"none"`, `"mean"` or `"affine"`.
-        ridge: lambda relative to the mean diagonal of the kept channels' covariance.
+        ridge: the least lambda, relative to the mean diagonal of the kept channels' covariance.
         add_bias: give layers that are fitted and have no bias one.
         every_linear: fit the Linears between the first and the last cut layer too, against what
             they give in the dense model.
         refine: passes over the images in which, after the solution in closed form, both layers of
-            each cut MLP are improved by gradients of its own output; for `every_linear` alone.
+            each cut MLP are improved by gradients of what is missing behind it; for `every_linear`
+            alone.
         activation_checkpointing: run each block again in the backward passes through the whole
             model, those of `refine` and `token_weights="sensitivity"`, as for
             `EntropyTaylorImportance`.

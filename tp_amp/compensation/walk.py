@@ -48,8 +48,8 @@ def fit(
 ) -> dict[str, Correction]:
     """Fit the corrections of all layers in the order of the forward pass; nothing is changed.
 
-    Each layer is fitted on the model as cut and corrected before it, against what the layer gives
-    in the dense model, so that errors do not build up. Where the model is a chain of modules, each
+    Each layer is fitted on the model as cut and corrected before it, against what the dense model
+    has behind it: its output, or the residual stream that it adds to (`find_place`). Where the model is a chain of modules, each
     batch walks through it once as dense and once as cut; else it starts anew for each layer.
     Where the recipe says so, both layers of an MLP are then refined together. Under a process group
     all ranks' tokens count, and all ranks get the same corrections.
