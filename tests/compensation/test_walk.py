@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from toys import PlainMLP, fingerprint, images, perturbed, relative, toy
 from zoo import TIMM
 
 import tp_amp
+from tp_amp.running.shelf import Shelf
 from tp_amp.structure import model_structure
 from tp_amp.structure.chain import Step
 
@@ -244,3 +246,39 @@ def test_a_layer_that_runs_twice_is_named_and_left_as_it_is(
     assert "mix is called 2 times and is not fitted" in caplog.text
     assert "mix" not in fitted
     torch.testing.assert_close(found.mix.weight, model.mix.weight)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 5_000])
+@pytest.mark.parametrize("name", ["vit", "swin", "no chain"])
+def test_what_is_written_to_files_changes_no_bit(
+    name: str, memory_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spilled: list[int] = []
+    close = Shelf.close
+    monkeypatch.setattr(Shelf, "close", lambda self: [spilled.append(self.spilled), close(self)][1])
+    torch.manual_seed(0)
+    if name == "no chain":
+        model, batch, keep = toy(), images(40), KEEP
+        monkeypatch.setattr(model_structure, "find_chain", whole_model)
+    else:
+        model, example = perturbed(TIMM[name][0]()), TIMM[name][1]
+        batch = torch.randn(8, *example.shape[1:], generator=torch.Generator().manual_seed(2))
+        keep = plan_of(model, example)
+    options: dict[str, Any] = {"every_linear": True, "refine": 1}
+    plain, one = compensated(model, keep, batch.split(5), **options)
+    bounded, other = compensated(model, keep, batch.split(5), **options, memory_bytes=memory_bytes)
+    assert same_weights(plain, bounded)
+    assert {n: c.error for n, c in one.items()} == {n: c.error for n, c in other.items()}
+    assert spilled[0] == 0
+    assert spilled[1] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 0.5, "4 GB"])
+def test_a_bound_that_is_no_number_of_bytes_is_refused(wrong: Any) -> None:
+    model = toy()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="memory_bytes must be a number of bytes or None"):
+        compensated(model, KEEP, [images(9)], memory_bytes=wrong)
+    assert fingerprint(model) == before

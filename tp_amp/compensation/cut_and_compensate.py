@@ -32,6 +32,7 @@ def compensate(
     every_linear: bool = False,
     refine: int = 0,
     activation_checkpointing: bool = False,
+    memory_bytes: int | None = None,
     progress: bool = True,
 ) -> dict[str, Correction]:
     """Cut a dense model to a plan, in place, with what is lost rebuilt from what is kept.
@@ -66,6 +67,11 @@ def compensate(
         activation_checkpointing: run each block again in the backward passes through the whole
             model, those of `refine` and `token_weights="sensitivity"`: for models too deep for the
             memory.
+        memory_bytes: how much is held in memory of what the images are at the depth that is worked
+            on, dense and cut; what goes beyond it is written to temporary files, with the same
+            result bit for bit. Beside it come one batch's activations, the moments of one layer
+            and, for `refine`, what one MLP reads and gives. By default all is held: for each image
+            about three times its tokens, and the hidden channels of one MLP.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -88,6 +94,8 @@ def compensate(
     recipe = Recipe(
         method, ridge, add_bias, token_weights, every_linear, refine, activation_checkpointing
     )
+    if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 0):
+        raise ValueError(f"memory_bytes must be a number of bytes or None, found {memory_bytes!r}")
     check_batches(batches)
     batches = list(batches)
     if not batches:
@@ -95,7 +103,15 @@ def compensate(
     example = one_image(prepare(batches[0], model))
     structure = ModelStructure(model, example.raw())
     sites = planned_sites(structure, plan)
-    fitted = fit(structure, list(sites.values()), plan.keep, batches, recipe, progress=progress)
+    fitted = fit(
+        structure,
+        list(sites.values()),
+        plan.keep,
+        batches,
+        recipe,
+        memory_bytes=memory_bytes,
+        progress=progress,
+    )
     with undone_after_errors(model):
         cut_all(structure.graph, sites, plan.keep)
         # Once all is cut: one site's `down` may be another's `up`, whose corrections have its rows.

@@ -30,6 +30,7 @@ from tp_amp.running.batches import bar, stream
 from tp_amp.running.distributed import together
 from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.shelf import Held, Shelf
 from tp_amp.running.watching import called_with, first_tensor, watch
 from tp_amp.structure.chain import Step
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -44,13 +45,15 @@ def fit(
     batches: Iterable[Any],
     recipe: Recipe,
     *,
+    memory_bytes: int | None = None,
     progress: bool = True,
 ) -> dict[str, Correction]:
     """Fit the corrections of all layers in the order of the forward pass; nothing is changed.
 
     Each layer is fitted on the model as cut and corrected before it, against what the dense model
-    has behind it: its output, or the residual stream that it adds to (`find_place`). Where the model is a chain of modules, each
-    batch walks through it once as dense and once as cut; else it starts anew for each layer.
+    has behind it: its output, or the residual stream that it adds to (`find_place`). Where the
+    model is a chain of modules, each batch walks through it once as dense and once as cut; else it
+    starts anew for each layer.
     Where the recipe says so, both layers of an MLP are then refined together. Under a process group
     all ranks' tokens count, and all ranks get the same corrections.
 
@@ -60,6 +63,7 @@ def fit(
         keep: `down` -> kept channels or heads.
         batches: unlabelled images; their states at one depth are held, never all activations.
         recipe: how to compensate.
+        memory_bytes: how much of the states is held in memory, see `compensate`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -84,8 +88,8 @@ def fit(
         if recipe.refine:
             again = recipe.activation_checkpointing
             costs = sensitivities(model, layers, inputs, activation_checkpointing=again)
-        with observing(model, gradients=False):
-            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs)
+        with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
+            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs, shelf)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     tell_few(walk.few)
@@ -105,6 +109,7 @@ class _Walk:
         chain: list[Step],
         places: Mapping[str, Tensor],
         costs: Mapping[str, Tensor | None],
+        shelf: Shelf,
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
         self.model: nn.Module = graph.model
@@ -114,7 +119,8 @@ class _Walk:
         self.second = [in_second_half(batch.tensors()[0]) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
-        self.dense = [_start(self.model, chain[0], batch) for batch in inputs]
+        self.shelf = shelf
+        self.dense = [shelf.hold(_start(self.model, chain[0], batch)) for batch in inputs]
         self.cut = list(self.dense)
 
     def take(self, step: Step) -> None:
@@ -122,23 +128,10 @@ class _Walk:
         prefix = f"{step.name}." if step.name else ""
         inside = [x for x in self.layers if x.name == step.name or x.name.startswith(prefix)]
         module = self.model.get_submodule(step.name)
-        following: list[Any] = []
         for layer in inside:
             goes_on = layer is inside[-1] and step is not self.last
             place = self._place(layer, module, step)
-            targets = []
-            for state in self.dense:
-                seen, output = watch(
-                    module,
-                    self.model,
-                    layer.name,
-                    _inputs(step, state),
-                    stop=not goes_on,
-                    later=place.name if place else None,
-                )
-                target = seen.outputs if seen.later is None else seen.later
-                targets.append(target if layer.outputs is None else target[:, layer.outputs])
-                following += [first_tensor(output)] if goes_on else []
+            targets = self._targets(layer, module, step, place, goes_on)
             with self._cut(inside):
                 self.corrections[layer.name] = self._fit(layer, module, step, targets, place)
             if layer.name in self.costs:
@@ -147,10 +140,34 @@ class _Walk:
         if step is self.last:
             return
         if not inside:
-            following = [first_tensor(_inputs(step, x).call(module)) for x in self.dense]
-        self.dense = following
+            self._go_on(self.dense, module, step)
         with self._cut(inside):
-            self.cut = [first_tensor(_inputs(step, x).call(module)) for x in self.cut]
+            self._go_on(self.cut, module, step)
+
+    def _go_on(self, states: list[Held[Any]], module: nn.Module, step: Step) -> None:
+        for batch, state in enumerate(states):
+            states[batch] = self.shelf.hold(first_tensor(_inputs(step, state).call(module)))
+
+    def _targets(
+        self, layer: Layer, module: nn.Module, step: Step, place: Place | None, goes_on: bool
+    ) -> list[Held[Tensor]]:
+        """What the dense model has behind a layer, by batch; maybe take it to the next step."""
+        targets = []
+        for batch, state in enumerate(self.dense):
+            seen, output = watch(
+                module,
+                self.model,
+                layer.name,
+                _inputs(step, state),
+                stop=not goes_on,
+                later=place.name if place else None,
+            )
+            target = seen.outputs if seen.later is None else seen.later
+            target = target if layer.outputs is None else target[:, layer.outputs]
+            targets.append(self.shelf.hold(target))
+            if goes_on:
+                self.dense[batch] = self.shelf.hold(first_tensor(output))
+        return targets
 
     def _place(self, layer: Layer, module: nn.Module, step: Step) -> Place | None:
         """Where the layer writes to a residual stream, whose errors it can then take out."""
@@ -164,7 +181,7 @@ class _Walk:
         layer: Layer,
         module: nn.Module,
         step: Step,
-        targets: list[Tensor],
+        targets: list[Held[Tensor]],
         place: Place | None,
     ) -> Correction:
         """Fit a layer to its targets; those of the stream become what the layer should add."""
@@ -175,9 +192,11 @@ class _Walk:
             seen, _ = watch(module, self.model, layer.name, inputs, stop=True, later=later)
             hidden = layer.inputs(seen.inputs, self.keep)
             weights = self._weights(layer, self.given[batch], len(hidden))
-            residuals = targets[batch] - (seen.outputs if seen.later is None else seen.later)
+            given = seen.outputs if seen.later is None else seen.later
+            residuals = targets[batch].get() - given
             if place:
-                targets[batch] = seen.outputs * place.scale.to(seen.outputs) + residuals
+                wanted = seen.outputs * place.scale.to(seen.outputs) + residuals
+                targets[batch] = self.shelf.hold(wanted)
             halves.add(hidden, residuals, weights, second=self.second[batch])
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
@@ -195,7 +214,7 @@ class _Walk:
         layer: Layer,
         module: nn.Module,
         step: Step,
-        targets: list[Tensor],
+        targets: list[Held[Tensor]],
         place: Place | None,
     ) -> None:
         """Improve the layers of an MLP together; what that changes is added to the corrections."""
@@ -212,7 +231,9 @@ class _Walk:
                 self._weights(layer, self.given[batch], len(target)),
                 len(self.second[batch]),
             )
-            for batch, (inputs, target) in enumerate(zip(read, targets, strict=True))
+            for batch, (inputs, target) in enumerate(
+                zip(read, (held.get() for held in targets), strict=True)
+            )
         ]
         targets.clear()
         names = [name for name in (*site.up, site.down) if name in self.corrections]
@@ -236,10 +257,11 @@ class _Walk:
             yield
 
 
-def _inputs(step: Step, state: Any) -> Inputs:
+def _inputs(step: Step, state: Held[Any]) -> Inputs:
+    value = state.get()
     if not step.name:
-        return state  # type: ignore[no-any-return]
-    return Inputs((state, *step.inputs.args), step.inputs.kwargs)
+        return value  # type: ignore[no-any-return]
+    return Inputs((value, *step.inputs.args), step.inputs.kwargs)
 
 
 def _start(model: nn.Module, step: Step, batch: Inputs) -> Any:

@@ -4,8 +4,8 @@
 turns what a loader yields into arguments of the model, `batches` reads a loader, `restoring`
 holds the context managers that give flags, hooks, attributes and random state back, and
 `watching` reads what single layers are called with. `distributed` lets several processes act as
-one, `checkpoint` and `atomic_files` keep what a long run has done, and `timing` tells what it
-will take.
+one, `checkpoint` and `atomic_files` keep what a long run has done, `shelf` holds what it needs
+between its steps, and `timing` tells what it will take.
 """
 
 # What other folders import; every other module here is private to the folder.
@@ -18,6 +18,7 @@ __all__ = [
     "fingerprints",
     "inputs",
     "restoring",
+    "shelf",
     "timing",
     "watching",
 ]
