@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import real_report
+import resource_report
 from docs_blocks import commands, pages, python_blocks, run_python, shell_blocks
+from pages import between
 
 import tp_amp
 from tp_amp.cli.main import main
@@ -91,10 +93,17 @@ def without_blocks(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_table_of_the_pretrained_model_is_that_of_its_result() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "real.json").read_text())
-    page = (PAGES / "results" / "real.md").read_text()
-    assert page.split("<!-- real -->")[1].strip() == real_report.report(record)
+# Page and result of a name -> what writes its table.
+TABLES = {"real": real_report.report, "resources": resource_report.report}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_that_of_its_result(name: str) -> None:
+    """Also where there is no result yet, which the page says then."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    text = (PAGES / "results" / f"{name}.md").read_text()
+    assert between(text, name) == TABLES[name](record)
 
 
 WITH_PYTHON = [page for page in (README, *pages()) if python_blocks(page)]
