@@ -235,6 +235,7 @@ def test_order_does_not_depend_on_the_panel(panel: int, monkeypatch: pytest.Monk
     assert torch.allclose(found[1], expected[1], rtol=0, atol=1e-12 * float(expected[1][0]))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_order_on_cuda_is_that_on_the_cpu() -> None:
     covariance, weight = gelu_covariance(300), normal(40, 300, seed=9)

@@ -164,6 +164,7 @@ def test_other_types_and_layouts_leave_the_weight_as_it_was(dtype: torch.dtype) 
     assert not order.requires_grad
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_order_on_cuda_is_that_on_the_cpu() -> None:
     weight = random(1500, 96)

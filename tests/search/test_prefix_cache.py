@@ -237,6 +237,7 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     assert replaying.stored(shape).back() is shape
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_what_is_kept_lies_in_pinned_host_memory() -> None:
     values = torch.randn(3, 5, device="cuda").T
