@@ -7,7 +7,7 @@ TESTS ?=
 CASES ?= 1000
 SEED ?= 0
 
-.PHONY: demo test test-all lint types unit unit-all timing docs oldest cases coverage zoo clean
+.PHONY: demo test test-all lint types unit unit-all timing docs oldest cases coverage zoo cuda clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -72,6 +72,11 @@ coverage: $(VENV)/installed
 # Measures every model of the zoo and writes the table into docs/models.md.
 zoo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo_table.py
+
+# On a machine with a GPU, in under ten minutes: the tests that need one, and timings, into
+# docs/results/gpu.md. Elsewhere it fails with a line that says so.
+cuda: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ import torch
 import torch_pruning as tp
 from reference import RESULTS, table, versions, write_json
 from speed import seconds
-from torch import nn
+from torch import Tensor, nn
 
 import tp_amp
 
@@ -36,10 +36,10 @@ KEPT, DEVIATION = 0.6, 0.1  # of the share that is kept of each MLP
 SETTINGS = {"cpu": (torch.float32, 8), "cuda": (torch.bfloat16, 512)}
 
 
-def draw_widths(dense: Mapping[str, int], seed: int) -> dict[str, int]:
-    """Draw the kept width of each MLP from a normal distribution around `KEPT` of it."""
+def draw_widths(dense: Mapping[str, int], seed: int, kept: float = KEPT) -> dict[str, int]:
+    """Draw the kept width of each MLP from a normal distribution around a share of it."""
     draw = random.Random(seed)
-    shares = {name: min(1.0, max(0.1, draw.gauss(KEPT, DEVIATION))) for name in dense}
+    shares = {name: min(1.0, max(0.1, draw.gauss(kept, DEVIATION))) for name in dense}
     return {name: round(shares[name] * width) for name, width in dense.items()}
 
 
@@ -56,23 +56,31 @@ def variants(seed: int) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     dense = {mlp.down: mlp.width for mlp in tp_amp.find_mlps(model, example)}
     drawn = draw_widths(dense, seed)
     wanted = {BASE: dense} | {f"round_to={m}": rounded_up(drawn, m) for m in MULTIPLES}
-    made = {}
-    for name, widths in wanted.items():
-        cut = copy.deepcopy(model)
-        plan = tp_amp.PruningPlan({down: list(range(width)) for down, width in widths.items()})
-        tp_amp.apply_plan(cut, example, plan)
-        macs, parameters = tp.utils.count_ops_and_params(cut, example)
-        facts = {"widths": widths, "parameters": int(parameters), "macs": int(macs)}
-        made[name] = (cut, facts)
-    return made
+    return {name: cut_to(model, example, widths) for name, widths in wanted.items()}
+
+
+def cut_to(
+    model: nn.Module, example: Tensor, widths: Mapping[str, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy with the first channels of each MLP, with its widths and its size."""
+    cut = copy.deepcopy(model)
+    plan = tp_amp.PruningPlan({down: list(range(width)) for down, width in widths.items()})
+    tp_amp.apply_plan(cut, example, plan)
+    macs, parameters = tp.utils.count_ops_and_params(cut, example)
+    return cut, {"widths": dict(widths), "parameters": int(parameters), "macs": int(macs)}
 
 
 def measure(
-    models: Mapping[str, nn.Module], device: str, images: int, repeats: int, seed: int
+    models: Mapping[str, nn.Module],
+    device: str,
+    images: int,
+    repeats: int,
+    seed: int,
+    pixels: int,
 ) -> dict[str, list[float]]:
     """Time a forward pass of each model, after one run each that doesn't count."""
     dtype, _ = SETTINGS[device]
-    batch = torch.randn(images, 3, PIXELS, PIXELS).to(device, dtype)
+    batch = torch.randn(images, 3, pixels, pixels).to(device, dtype)
     models = {name: model.to(device, dtype) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     order = random.Random(seed)
@@ -127,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     made = variants(options.seed)
     models = {name: model for name, (model, _) in made.items()}
-    times = measure(models, options.device, images, options.repeats, options.seed)
+    times = measure(models, options.device, images, options.repeats, options.seed, PIXELS)
     on_cuda = options.device == "cuda"
     record = {
         "model": MODEL,

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import gpu_report
 import pytest
 import real_report
 import resource_report
@@ -94,7 +95,11 @@ def without_blocks(page: Path) -> str:
 
 
 # Page and result of a name -> what writes its table.
-TABLES = {"real": real_report.report, "resources": resource_report.report}
+TABLES = {
+    "gpu": gpu_report.report,
+    "real": real_report.report,
+    "resources": resource_report.report,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
