@@ -40,7 +40,8 @@ from tp_amp.algebra.moments import Moments
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.objectives import Objective, mean_objective
-from tp_amp.plan.cutting import mlp_group, narrowed
+from tp_amp.plan.cutting import narrowed
+from tp_amp.structure.mlp_cuts import mlp_group
 from tp_amp.structure.model_structure import ModelStructure
 
 BOUND = 2.5  # scoring may take this many times as long as the plain forward pass

@@ -6,9 +6,10 @@ import torch_pruning as tp
 from torch import nn
 from toys import fingerprint, images, masked, relative, toy
 
-from tp_amp.plan.cutting import mlp_group, narrowed
+from tp_amp.plan.cutting import narrowed
 from tp_amp.structure.graph import TolerantGraph, build_graph
-from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.mlp_cuts import MLP, mlp_group
+from tp_amp.structure.mlps import read_mlps
 
 
 def traced(model: nn.Module) -> list[tuple[object, MLP]]:

@@ -15,6 +15,7 @@ from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.macs import macs_of
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.residual import outside_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Inspection:
         attentions: the attentions that can lose heads.
         kept_attentions: module path of each other attention -> why it keeps its heads.
         kept_layers: module path of each Linear that belongs to no group -> why.
+        outside_blocks: `down` of each MLP whose output is not added to what it reads: hidden layers
+            of heads (boxes, masks), of embeddings and of projections.
         shares: `"total"`, and what of it is in `"MLPs"`, `"attention"` and `"rest"`.
 
     Example:
@@ -55,6 +58,7 @@ class Inspection:
     kept_attentions: dict[str, str] = field(default_factory=dict)
     kept_layers: dict[str, str] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
+    outside_blocks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = self.shares["total"]
@@ -71,9 +75,16 @@ class Inspection:
             "attentions that can lose heads": self.attentions,
         }
         for title, found in sites.items():
-            lines += _section(title, {site.name: _describe(site) for site in found})
-        lines += _section("attentions that keep all heads", self.kept_attentions)
-        lines += _section("Linears in no group, which stay whole", self.kept_layers)
+            lines += _section(title, [(site.name, _describe(site)) for site in found])
+        lines += _section(
+            "of the MLPs not in a residual block, but of a head, an embedding or a projection",
+            [
+                (down, f"ignored_layers=[model.get_submodule({down!r})] leaves it out")
+                for down in self.outside_blocks
+            ],
+        )
+        lines += _section("attentions that keep all heads", self.kept_attentions.items())
+        lines += _section("Linears in no group, which stay whole", self.kept_layers.items())
         return "\n".join(lines)
 
 
@@ -121,7 +132,15 @@ def inspect(
     holders = [attention.name for attention in attentions] + list(kept_attentions)
     macs = macs_of(model, structure.inputs, forward_fn)
     shares = _shares(model, macs, mlps, holders)
-    return Inspection(type(model).__name__, mlps, attentions, kept_attentions, kept_layers, shares)
+    return Inspection(
+        type(model).__name__,
+        mlps,
+        attentions,
+        kept_attentions,
+        kept_layers,
+        shares,
+        outside_blocks(model, mlps, structure.traced),
+    )
 
 
 def _shares(
@@ -175,16 +194,16 @@ def _describe(site: MLP | Attention) -> str:
     return f"{site.width} {site.units}, {layers}"
 
 
-def _section(title: str, texts: dict[str, str]) -> list[str]:
+def _section(title: str, texts: Iterable[tuple[str, str]]) -> list[str]:
     """A list under a title, with one line for those that differ in their numbers only."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for path, text in texts.items():
+    lines: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for path, text in texts:
         alike = re.sub(r"\b\d+\b", "*", path), re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
-        lines.setdefault(alike, []).append(path)
+        lines.setdefault(alike, []).append((path, text))
     listed = [
-        f"  {paths[0] or 'the model'}: {texts[paths[0]]}"
-        if len(paths) == 1
-        else f"  {pattern} ({len(paths)} times): {text}"
-        for (pattern, text), paths in lines.items()
+        f"  {found[0][0] or 'the model'}: {found[0][1]}"
+        if len(found) == 1
+        else f"  {pattern} ({len(found)} times): {text}"
+        for (pattern, text), found in lines.items()
     ]
-    return [f"{title}: {len(texts)}", *listed] if texts else []
+    return [f"{title}: {sum(map(len, lines.values()))}", *listed] if lines else []

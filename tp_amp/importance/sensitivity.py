@@ -196,7 +196,11 @@ def _gradients(
     found = dict(zip(outputs, gradients, strict=True))
     missing += [name for name, gradient in found.items() if gradient is None]
     if missing and not skip_unused:
-        raise ValueError(f"the objective does not depend on {missing}; leave them out")
+        raise ValueError(
+            f"the objective does not depend on {missing}, as a classifier's does not on heads for "
+            "boxes or masks; leave them out: ignored_layers=[model.get_submodule(name) for name "
+            f"in {missing}], or take an objective that reads what they give"
+        )
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 

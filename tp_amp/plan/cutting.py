@@ -12,11 +12,10 @@ from torch_pruning.pruner import function
 
 from tp_amp.structure.attention.adapting import FORWARDS
 from tp_amp.structure.attention.heads import Attention, head_group
-from tp_amp.structure.fused import FusedBlockPruner
-from tp_amp.structure.groups import make_group
-from tp_amp.structure.mlps import MLP
+from tp_amp.structure.groups import State, give_back, held_by
+from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.model_structure import Site
-from tp_amp.structure.segments import outputs
+from tp_amp.structure.nodes import outputs
 
 
 def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
@@ -24,30 +23,6 @@ def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
     if isinstance(site, Attention):
         return head_group(graph, site, units)
     return mlp_group(graph, site, units)
-
-
-def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
-    """Make Torch-Pruning's group of some hidden channels of an MLP.
-
-    It holds what `find_mlps` has checked, so it is right where TP's own index mapping is not
-    (packed gated MLPs, rotary embeddings), and no walk over the graph is needed. The root is the
-    first `up` as in TP, or `down` where several rows of `up` make one channel.
-    """
-    rows = list(channels)
-    for part in range(1, mlp.packed):
-        rows += [j + part * mlp.width for j in channels]
-    layers = [(name, "prune_out_channels", rows) for name in mlp.up]
-    layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
-    read = [mlp.first + j for j in channels] if mlp.first else list(channels)
-    down = (mlp.down, "prune_in_channels", read)
-    layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
-    handlers = []
-    for name, side, indices in layers:
-        pruner = graph.get_pruner_of_module(graph.model.get_submodule(name))
-        handlers.append((name, getattr(pruner, side), indices))
-    if mlp.fused:
-        handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
-    return make_group(graph, handlers, list(channels))
 
 
 def check_fits(model: nn.Module, site: Site) -> None:
@@ -113,13 +88,11 @@ def _size(module: nn.Module | None, name: str, dim: int) -> int:
 @contextmanager
 def undone_after_errors(model: nn.Module) -> Iterator[None]:
     """Whatever stops what cuts a model for good, Ctrl-C too, the model has back what it held."""
-    saved = [
-        (m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()
-    ]
+    saved = held_by(model.modules())
     try:
         yield
     except BaseException:
-        _restore(saved)
+        give_back(saved)
         raise
 
 
@@ -142,7 +115,7 @@ def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
         _require(required)
         yield
     finally:
-        _restore(saved)
+        give_back(saved)
 
 
 def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
@@ -201,28 +174,15 @@ def _dropped(site: Site, keep: Sequence[int]) -> list[int]:
     return sorted(set(range(site.width)) - set(keep))
 
 
-_State = tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any], dict[str, Any]]
-
-
-def _states(graph: Any, site: Site, group: Group) -> list[_State]:
+def _states(graph: Any, site: Site, group: Group) -> list[State]:
     """All that a cut may change: of an attention, everything it holds."""
     modules = [item.dep.target.module for item in group.items]
     if isinstance(site, Attention):
         modules = list(graph.model.get_submodule(site.name).modules())
-    return [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    return held_by(modules)
 
 
-def _restore(states: list[_State]) -> None:
-    for module, own, attributes, parameters, buffers in states:
-        module.__class__ = own
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        for held, saved in ((module._parameters, parameters), (module._buffers, buffers)):
-            held.clear()
-            held.update(saved)
-
-
-def _required(states: list[_State]) -> list[tuple[nn.Module, str, bool]]:
+def _required(states: list[State]) -> list[tuple[nn.Module, str, bool]]:
     return [
         (module, name, parameter.requires_grad)
         for module, _, _, parameters, _ in states

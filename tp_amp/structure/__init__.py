@@ -1,7 +1,9 @@
 """What of a model can be cut, together with what?
 
-`graph` traces a model once, `mlps` reads its MLPs off the graph (`segments` proves them by
-gradients, `fused` knows timm's parallel blocks), and `attention` finds the heads.
+`graph` traces a model once (`nodes` reads it), and `mlps` reads its MLPs off the graph: `segments`
+proves them by gradients and `proving` by running without a channel, `adapters` knows LoRA, `fused`
+timm's parallel blocks, and `mlp_cuts` is the record and the cut. `residual` tells those of blocks
+from those of heads and embeddings. `attention` finds the heads.
 `model_structure` holds all that was read of one model and is handed on. `groups` walks Torch-
 Pruning's groups layer by layer, `chain` finds the modules that run one after another, `macs`
 counts what modules cost, and `observing` runs a model so that every layer can be watched.
@@ -10,12 +12,13 @@ counts what modules cost, and `observing` runs a model so that every layer can b
 # What other folders import; every other module here is private to the folder.
 __all__ = [
     "chain",
-    "fused",
     "graph",
     "groups",
     "macs",
+    "mlp_cuts",
     "mlps",
     "model_structure",
+    "nodes",
     "observing",
-    "segments",
+    "residual",
 ]

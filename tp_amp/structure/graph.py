@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch_pruning.pruner import function
 
 from tp_amp.running.checks import check_not_compiled
 from tp_amp.running.inputs import Inputs, example, runner
-from tp_amp.running.restoring import evaluating, forgetting, hooks, shapes_first
+from tp_amp.running.restoring import evaluating, forgetting, hooks, on_meta, shapes_first
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,15 @@ class TracedGraph:
         reads_images: whether a module's input depends on the images (a table of positions does
             not); None where the inputs can't tell, such as token numbers.
         graph: the `tp.DependencyGraph`.
+        again: a context with what runs the model once more as it was traced: without values where
+            it was, in eval mode, and giving it back as it was.
         values: runs the model for calls with values, if it was traced without any.
     """
 
     calls: dict[nn.Module, Call]
     reads_images: dict[nn.Module, bool] | None
     graph: Any
+    again: Callable[[], AbstractContextManager[Callable[[], Any]]]
     values: Callable[[], dict[nn.Module, Call]] | None = None
 
     def with_values(self) -> dict[nn.Module, Call]:
@@ -218,7 +222,22 @@ def _trace(
         raw = inputs.kwargs or inputs.args
         graph = build(raw, customized_pruners=per_channel_pruners(model))
     _give_parameters_back(graph, real)
-    return TracedGraph(calls, reads_images, graph)
+    again = partial(
+        _again, model, partial(run, *inputs.args, **inputs.kwargs), without_values=bool(real)
+    )
+    return TracedGraph(calls, reads_images, graph, again)
+
+
+@contextmanager
+def _again(
+    model: nn.Module, run: Callable[[], Any], *, without_values: bool
+) -> Iterator[Callable[[], Any]]:
+    with ExitStack() as stack:
+        # The stand-ins take with them what a forward pass leaves behind.
+        stack.enter_context(on_meta(model) if without_values else forgetting(model))
+        stack.enter_context(evaluating(model, trainable=False))
+        stack.enter_context(torch.no_grad())
+        yield run
 
 
 def _record_values(

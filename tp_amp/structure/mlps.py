@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_pruning import ops
 
+from tp_amp.structure.adapters import adapted_layer
 from tp_amp.structure.fused import FusedParts, fused_parts
-from tp_amp.structure.graph import TracedGraph, build_graph, channels_of
-from tp_amp.structure.segments import NotAnMLP, check_apart, check_segment, is_operation, outputs
+from tp_amp.structure.graph import TracedGraph, build_graph
+from tp_amp.structure.mlp_cuts import MLP as MLP
+from tp_amp.structure.nodes import is_operation, is_projection, keeps_channels, outputs
+from tp_amp.structure.proving import failures
+from tp_amp.structure.segments import NotAnMLP, attends, check_apart, check_segment
 
 logger = logging.getLogger(__name__)
-
-_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
-
-
-@dataclass(frozen=True)
-class MLP:
-    """One MLP: hidden channels go from `up` through per-channel operations into `down`.
-
-    Attributes:
-        name: module path of the innermost module that holds all of its layers.
-        up: module paths of the one (plain) or two (gated) layers that make the hidden channels.
-        down: module path of the layer that reads them.
-        width: number of hidden channels.
-        inner: module paths of the norms and depthwise convolutions in between, which are cut too.
-        packed: how many rows of its one `up` make one hidden channel: channel j comes from rows
-            j, j + width, ... (2 for a gated MLP in one layer).
-        fused: whether its layers hold more than the MLP: `up` the queries, keys and values after
-            the hidden channels, and `down` maybe the heads before them (timm's parallel blocks).
-        first: the input channel of `down` that is hidden channel 0.
-
-    Example:
-        >>> import timm, torch, tp_amp
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
-        >>> mlp = tp_amp.find_mlps(model, torch.randn(1, 3, 224, 224))[0]
-        >>> mlp.name, mlp.up, mlp.down, mlp.width
-        ('blocks.0.mlp', ('blocks.0.mlp.fc1',), 'blocks.0.mlp.fc2', 768)
-    """
-
-    name: str
-    up: tuple[str, ...]
-    down: str
-    width: int
-    inner: tuple[str, ...] = ()
-    packed: int = 1
-    fused: bool = False
-    first: int = 0
-
-    @property
-    def units(self) -> str:
-        """What its `width` counts."""
-        return "channels"
-
-    @property
-    def unit_width(self) -> int:
-        """Input channels of `down` that one of its `width` is."""
-        return 1
 
 
 def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
@@ -77,8 +37,11 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
         example_inputs: a tensor `(images, ...)`, a tuple of arguments or a dict of keyword
             arguments that the model can be called with; one image is enough.
 
+    That the model runs with a channel less of each is tried. Low-rank adapters are no MLPs.
+
     Raises:
-        ValueError: the model fails on `example_inputs`.
+        ValueError: the model fails on `example_inputs`, or layers of an MLP have low-rank adapters
+            (LoRA), which must be merged first.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -96,20 +59,27 @@ def read_mlps(
 ) -> list[MLP]:
     """Find the MLPs in a traced graph; put why each other layer starts none into `reasons`."""
     names = {module: name for name, module in model.named_modules()}
+    reasons = {} if reasons is None else reasons
     found: dict[nn.Module, MLP] = {}
-    for module, node in list(traced.graph.module2node.items()):
-        if not _is_projection(module):
-            continue
+    adapters: dict[Any, nn.Module] = {}
+    starts = [node for m, node in traced.graph.module2node.items() if is_projection(m)]
+    for node in starts:
         try:
             parts = _follow(node)
+            if layer := _adapted(parts):
+                adapters |= dict.fromkeys((*parts.ups, *parts.downs), layer)
+                raise NotAnMLP(f"it is part of a low-rank adapter of {names[layer]}")
             if parts.down not in found:
                 found[parts.down] = _check(parts, traced, names)
         except NotAnMLP as reason:
-            logger.debug("%s starts no MLP: %s", names.get(module), reason)
-            if reasons is not None:
-                reasons[module] = str(reason)
+            logger.debug("%s starts no MLP: %s", names.get(node.module), reason)
+            reasons[node.module] = str(reason)
+    _check_merged(traced, adapters, names)
     for fused in fused_parts(model):
         found[fused.down] = _check_fused(fused, traced, names)
+    failed = failures(list(found.values()), traced)
+    for mlp in [found.pop(model.get_submodule(down)) for down in failed]:
+        reasons |= dict.fromkeys(map(model.get_submodule, mlp.up), failed[mlp.down])
     return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
 
 
@@ -126,30 +96,53 @@ class _Parts:
         return self.downs[0].module
 
 
-def _is_projection(module: Any) -> bool:
-    """Whether a module turns channels into others at each place: a Linear or 1x1 convolution."""
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and set(module.kernel_size) == set(module.stride) == {1}
-    return isinstance(module, nn.Linear)
+def _adapted(parts: _Parts) -> nn.Module | None:
+    """The layer that the parts are an adapter of, if they are one."""
+    single = len(parts.ups) == len(parts.downs) == 1 and not parts.inner
+    return adapted_layer(parts.ups[0], parts.downs[0]) if single else None
 
 
-def _is_per_channel(module: Any) -> bool:
-    """Whether a module keeps channels apart as far as cutting goes."""
-    if isinstance(module, nn.Conv2d):
-        return module.groups == module.in_channels == module.out_channels > 1
-    return isinstance(module, _NORMS) or (isinstance(module, nn.Module) and channels_of(module) > 1)
+def _check_merged(
+    traced: TracedGraph, adapters: dict[Any, nn.Module], names: dict[nn.Module, str]
+) -> None:
+    """Raise ValueError where layers of an MLP have adapters, which a cut would not follow."""
+    if not adapters:
+        return
+    nodes, adapted = traced.graph.module2node.values(), set(adapters.values())
+    # DoRA's magnitudes may be parameters in no layer.
+    parameters = {node for node in nodes if node.type == ops.OPTYPE.PARAMETER}
+    held: set[str] = set()
+    for node in nodes:
+        if not is_projection(node.module) or node in adapters:
+            continue
+        try:
+            parts = _follow(node, skipped=adapters.keys() | parameters)
+        except NotAnMLP:
+            continue
+        layers = {part.module for part in (*parts.ups, *parts.downs)}
+        if not attends(parts.downs[0]):
+            held |= {names[layer] for layer in layers & adapted}
+    if held:
+        listed = [name for name in names.values() if name in held]
+        raise ValueError(
+            f"low-rank adapters (LoRA, DoRA) are on layers of MLPs: {listed}; merge them into "
+            "these first (of PEFT: model = model.merge_and_unload()), prune, and put new ones on "
+            "the pruned model"
+        )
 
 
-def _follow(start: Any) -> _Parts:
+def _follow(start: Any, skipped: Collection[Any] = ()) -> _Parts:
     """Collect all layers coupled to `start`'s output channels; stop at the first misfit."""
     parts = _Parts([start], [], [])
     seen, stack = {start}, [(node, True) for node in start.outputs]
     while stack:
         node, reads = stack.pop()
+        if node in skipped:
+            continue
         if is_operation(node):
             goes_on = node not in seen
             seen.add(node)
-        elif _is_per_channel(node.module):
+        elif keeps_channels(node.module):
             goes_on = node not in parts.inner
             parts.inner += [node] if goes_on else []
         else:
@@ -159,7 +152,7 @@ def _follow(start: Any) -> _Parts:
                 # What else makes the channels it reads is coupled too, and reads those it makes.
                 stack += [(producer, False) for producer in node.inputs] if reads else []
                 stack += [] if reads else [(consumer, True) for consumer in node.outputs]
-            if not _is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
+            if not is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
                 raise NotAnMLP(f"its channels are coupled to {node._name or node.name}")
         if goes_on:
             stack += [(consumer, True) for consumer in node.outputs]
@@ -176,6 +169,11 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
     for node in nodes:
         if node.module not in calls:
             raise NotAnMLP(f"{node.name} is not called as a module")
+        others = node.module._parameters.keys() - {"weight", "bias"}
+        if is_projection(node.module) and others:
+            raise NotAnMLP(
+                f"{node.name} holds {sorted(others)} beside its weight; merge them first"
+            )
     if traced.reads_images is not None and not traced.reads_images.get(down, False):
         raise NotAnMLP("its channels don't depend on the images")
     width = down.in_features if isinstance(down, nn.Linear) else down.in_channels

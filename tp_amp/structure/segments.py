@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning import ops
 
 from tp_amp.running.restoring import evaluating, hooks
-from tp_amp.structure.graph import Call, TracedGraph, channels_of
+from tp_amp.structure.graph import Call, TracedGraph
+from tp_amp.structure.nodes import feeding, is_operation, outputs, producers
 
 _ELEMENT_WISE = {
     *("Add", "Clone", "Gelu", "Hardswish", "Mul", "Relu", "Sigmoid", "Silu", "Tanh", "ToCopy"),
@@ -34,7 +34,7 @@ def check_segment(node: Any, traced: TracedGraph, width: int) -> int:
     Returns:
         How many rows of a producer make one channel.
     """
-    modules = _producers(node)
+    modules = producers(node)
     if not modules:
         raise NotAnMLP(f"nothing feeds {node.name}")
     ratios = [max(1, outputs(module) // width) for module in modules]
@@ -60,12 +60,18 @@ def check_segment(node: Any, traced: TracedGraph, width: int) -> int:
     return max(ratios)
 
 
+def attends(node: Any) -> bool:
+    """Whether an attention stands between a layer and what feeds it."""
+    operations = [producer for producer in feeding(node) if is_operation(producer)]
+    return any(_MIXING.match(o.grad_fn.name()) for o in operations if o.grad_fn)
+
+
 def _unknown_operations(node: Any, width: int, ratio: int, last: bool) -> list[str]:
     """Name the operations before a node that may mix channels, or tokens of one channel."""
-    feeding = [producer for producer in _feeding(node) if is_operation(producer)]
+    before = [producer for producer in feeding(node) if is_operation(producer)]
     return [
         operation.grad_fn.name() if operation.grad_fn else operation.name
-        for operation in feeding
+        for operation in before
         if not _keeps_channels(operation, node, width, ratio, last)
     ]
 
@@ -142,39 +148,6 @@ def check_apart(
         if all(bool(parts.all()) for parts in reached):
             return
     raise NotAnMLP("a part of a layer's channels has no gradient to judge by")
-
-
-def is_operation(node: Any) -> bool:
-    """Whether a node is an operation of the graph, not a module of the model."""
-    return node._name is None and node.type not in (ops.OPTYPE.OUTPUT, ops.OPTYPE.PARAMETER)
-
-
-def _producers(node: Any) -> list[nn.Module]:
-    """The modules that feed a node through operations alone."""
-    return [producer.module for producer in _feeding(node) if not is_operation(producer)]
-
-
-def _feeding(node: Any) -> list[Any]:
-    """What comes before a node, up to and with the nearest modules."""
-    found: list[Any] = []
-    stack = list(node.inputs)
-    while stack:
-        producer = stack.pop()
-        if producer not in found:
-            found.append(producer)
-            stack += producer.inputs if is_operation(producer) else []
-    return found
-
-
-def outputs(module: Any) -> int:
-    """Count a layer's output channels."""
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.num_features
-    return int(module.weight.numel()) if isinstance(module, nn.LayerNorm) else channels_of(module)
 
 
 def _dimension(module: nn.Module, values: Tensor, channels: int) -> int | None:

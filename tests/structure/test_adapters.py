@@ -1,0 +1,139 @@
+"""Low-rank adapters are no MLPs, whatever library makes them; MLPs beside a shortcut are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import PlainMLP, fingerprint, images, put, toy
+
+import tp_amp
+
+
+class Adapted(nn.Module):
+    """A layer with a bypass of low rank, as adapter libraries write it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3, kind: str = "lora") -> None:
+        super().__init__()
+        self.base, self.kind = base, kind
+        self.a = nn.Linear(base.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, base.out_features, bias=False)
+        self.magnitude = nn.Parameter(torch.rand(base.out_features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.a(x)
+        if self.kind == "bottleneck":
+            made = torch.relu(made)
+        if self.kind == "magnitude":
+            norm = (self.base.weight + self.b.weight @ self.a.weight).norm(dim=1).detach()
+            scale = self.magnitude / norm
+            base = self.base(x) - self.base.bias
+            return base * scale + self.b(made) * scale * 0.5 + self.base.bias
+        return self.base(x) + self.b(made) * 0.5
+
+
+KINDS = ("lora", "magnitude", "bottleneck")
+
+
+def adapted(*names: str, kind: str = "lora", rank: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    model = toy()
+    for name in names:
+        base: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
+        put(model, name, Adapted(base, rank, kind))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_an_adapted_mlp_is_refused_and_nothing_changed(kind: str, part: str) -> None:
+    model = adapted(f"blocks.1.mlp.{part}", kind=kind)
+    before = fingerprint(model)
+    message = (
+        rf"adapters .* on layers of MLPs: \['blocks\.1\.mlp\.{part}\.base'\].*merge_and_unload"
+    )
+    with pytest.raises(ValueError, match=message):
+        tp_amp.find_mlps(model, images(1))
+    with pytest.raises(ValueError, match=message):
+        tp_amp.plan_from_importance(model, images(1), tp_amp.GramSchmidtImportance(), 0.5)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_adapters_of_attentions_leave_the_mlps_prunable(rank: int) -> None:
+    """Their ranks are never cut, and the cut model is the dense one with neurons masked."""
+    names = ("blocks.0.query", "blocks.0.value", "blocks.1.project")
+    model = adapted(*names, rank=rank)
+    found = tp_amp.find_mlps(model, images(1))
+    assert [mlp.down for mlp in found] == ["blocks.0.mlp.second", "blocks.1.mlp.second"]
+    keep = {mlp.down: list(range(0, 20, 2)) for mlp in found}
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for down in keep:
+            reference.get_submodule(down).weight[:, 1::2] = 0  # type: ignore[index]
+        tp_amp.apply_plan(model, images(1), tp_amp.PruningPlan(keep))
+        torch.testing.assert_close(model(images(4)), reference(images(4)))
+    shapes = {name: p.shape for name, p in reference.named_parameters() if "mlp" not in name}
+    assert shapes == {name: p.shape for name, p in model.named_parameters() if "mlp" not in name}
+
+
+def test_inspection_names_the_adapted_layer() -> None:
+    found = tp_amp.inspect(adapted("blocks.0.query"), images(1))
+    assert found.kept_layers["blocks.0.query.a"] == (
+        "it is part of a low-rank adapter of blocks.0.query.base"
+    )
+
+
+class Shortcut(nn.Module):
+    """The residual block of dense networks: an MLP beside a Linear of its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.shortcut = PlainMLP(4, 16), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + self.shortcut(x)
+
+
+def test_an_mlp_beside_a_linear_shortcut_is_one() -> None:
+    [mlp] = tp_amp.find_mlps(Shortcut(), torch.randn(2, 4))
+    assert mlp.down == "mlp.second"
+
+
+class Merging(nn.Linear):
+    """Keeps its adapter as parameters of its own, as the first library of that kind did."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__(wide, narrow)
+        self.lora_a = nn.Parameter(torch.randn(2, wide))
+        self.lora_b = nn.Parameter(torch.randn(narrow, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_layers_with_an_adapter_inside_are_left_whole_with_the_reason(place: int) -> None:
+    layers = [nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)]
+    layers[place] = Merging(layers[place].in_features, layers[place].out_features)  # type: ignore[arg-type]
+    found = tp_amp.inspect(nn.Sequential(*layers), torch.randn(2, 4))
+    assert found.mlps == []
+    assert "['lora_a', 'lora_b'] beside its weight; merge them first" in found.kept_layers["0"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("targets", [["fc1", "fc2"], "all-linear"])
+def test_peft(targets: list[str] | str, dora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    import timm
+
+    sizes = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, **sizes)
+    config = peft.LoraConfig(target_modules=targets, r=4, use_dora=dora, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    pictures = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        tp_amp.find_mlps(wrapped, pictures)
+    assert len(tp_amp.find_mlps(wrapped.merge_and_unload(), pictures)) == 1

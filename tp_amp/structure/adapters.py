@@ -1,0 +1,53 @@
+"""Low-rank adapters beside a layer (LoRA, DoRA and the like), known by their structure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from tp_amp.structure.nodes import (
+    after,
+    feeding,
+    is_operation,
+    is_projection,
+    outputs,
+    producers,
+)
+
+# What may stand between two Linears that make one map of low rank: the product, and its views.
+_LINEAR = re.compile(r"(T|Mm|Addmm|View|UnsafeView|ReshapeAlias|Clone|ToCopy)Backward\d+")
+
+
+def adapted_layer(first: Any, second: Any) -> nn.Module | None:
+    """Find the layer that two others, one after another, are an adapter of.
+
+    Both are nodes of the graph. An adapter reads what the layer reads and is added to what it
+    gives, of the same sizes on both sides; and it is linear, or narrower inside than at both ends,
+    which the MLP of a residual block beside its shortcut is not.
+    """
+    rank, ends = outputs(first.module), (_inputs(first.module), outputs(second.module))
+    if rank >= min(ends) and not _linear_between(second):
+        return None
+    read = set(producers(first))
+    for reader in after(second):
+        for node in feeding(reader):
+            module = node.module
+            if is_operation(node) or node in (first, second) or not is_projection(module):
+                continue
+            if (_inputs(module), outputs(module)) == ends and set(producers(node)) == read:
+                return module  # type: ignore[no-any-return]
+    return None
+
+
+def _inputs(module: Any) -> int:
+    return int(module.weight.shape[1])
+
+
+def _linear_between(node: Any) -> bool:
+    operations = [producer for producer in feeding(node) if is_operation(producer)]
+    return all(
+        operation.grad_fn is not None and _LINEAR.fullmatch(operation.grad_fn.name())
+        for operation in operations
+    )

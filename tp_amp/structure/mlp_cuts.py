@@ -1,0 +1,80 @@
+"""`MLP`, and Torch-Pruning's group of its hidden channels, made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch_pruning.dependency import Group
+
+from tp_amp.structure.fused import FusedBlockPruner
+from tp_amp.structure.groups import make_group
+
+
+@dataclass(frozen=True)
+class MLP:
+    """One MLP: hidden channels go from `up` through per-channel operations into `down`.
+
+    Attributes:
+        name: module path of the innermost module that holds all of its layers.
+        up: module paths of the one (plain) or two (gated) layers that make the hidden channels.
+        down: module path of the layer that reads them.
+        width: number of hidden channels.
+        inner: module paths of the norms and depthwise convolutions in between, which are cut too.
+        packed: how many rows of its one `up` make one hidden channel: channel j comes from rows
+            j, j + width, ... (2 for a gated MLP in one layer).
+        fused: whether its layers hold more than the MLP: `up` the queries, keys and values after
+            the hidden channels, and `down` maybe the heads before them (timm's parallel blocks).
+        first: the input channel of `down` that is hidden channel 0.
+
+    Example:
+        >>> import timm, torch, tp_amp
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> mlp = tp_amp.find_mlps(model, torch.randn(1, 3, 224, 224))[0]
+        >>> mlp.name, mlp.up, mlp.down, mlp.width
+        ('blocks.0.mlp', ('blocks.0.mlp.fc1',), 'blocks.0.mlp.fc2', 768)
+    """
+
+    name: str
+    up: tuple[str, ...]
+    down: str
+    width: int
+    inner: tuple[str, ...] = ()
+    packed: int = 1
+    fused: bool = False
+    first: int = 0
+
+    @property
+    def units(self) -> str:
+        """What its `width` counts."""
+        return "channels"
+
+    @property
+    def unit_width(self) -> int:
+        """Input channels of `down` that one of its `width` is."""
+        return 1
+
+
+def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
+    """Make Torch-Pruning's group of some hidden channels of an MLP.
+
+    It holds what `find_mlps` has checked, so it is right where TP's own index mapping is not
+    (packed gated MLPs, rotary embeddings), and no walk over the graph is needed. The root is the
+    first `up` as in TP, or `down` where several rows of `up` make one channel.
+    """
+    rows = list(channels)
+    for part in range(1, mlp.packed):
+        rows += [j + part * mlp.width for j in channels]
+    layers = [(name, "prune_out_channels", rows) for name in mlp.up]
+    layers += [(name, "prune_out_channels", list(channels)) for name in mlp.inner]
+    read = [mlp.first + j for j in channels] if mlp.first else list(channels)
+    down = (mlp.down, "prune_in_channels", read)
+    layers = [down, *layers] if mlp.packed > 1 else [*layers, down]
+    handlers = []
+    for name, side, indices in layers:
+        pruner = graph.get_pruner_of_module(graph.model.get_submodule(name))
+        handlers.append((name, getattr(pruner, side), indices))
+    if mlp.fused:
+        handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
+    return make_group(graph, handlers, list(channels))
