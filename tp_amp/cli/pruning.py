@@ -14,6 +14,7 @@ import tp_amp
 from tp_amp.importance.readiness import forget, make_ready
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import ModelStructure
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def prune_model(
         refined = {"every_linear": True, "refine": options.refine, **recompute}
     layers = [mlp.down for mlp in mlps]
     if options.prune_num_heads:
-        layers += [attention.down for attention in tp_amp.find_attentions(model, inputs)]
+        layers += [site.down for site in ModelStructure(model, inputs).some_attentions()]
     make_ready(importance, model, scoring, layers=layers)
     foreseen = options.importance == "reconstruction" and options.target is not None
     side_by_side = any(mlp.first for mlp in mlps)

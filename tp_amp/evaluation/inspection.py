@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,11 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None = None,
+    *,
+    num_heads: Mapping[nn.Module, int] | None = None,
 ) -> Inspection:
     """Tell what of a model will be pruned, what will not and why; the model is left as it was.
 
@@ -99,9 +103,11 @@ def inspect(
         model: any module that Torch-Pruning can trace.
         example_inputs: as for `find_mlps`; MACs are those of one forward pass on them.
         forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        num_heads: as for `find_attentions`.
 
     Raises:
-        ValueError: the model fails on `example_inputs`.
+        ValueError: the model fails on `example_inputs`, `num_heads` does not fit it, or layers of
+            an MLP have low-rank adapters (LoRA).
 
     Example:
         >>> import timm, torch, tp_amp
@@ -118,7 +124,7 @@ def inspect(
         Linears in no group, which stay whole: 1
           head: no layer reads its channels
     """
-    structure = ModelStructure(model, example_inputs, forward_fn)
+    structure = ModelStructure(model, example_inputs, forward_fn, num_heads=num_heads)
     mlps, (attentions, kept_attentions) = structure.mlps, structure.attentions
     sites: list[Site] = [*mlps, *attentions]
     in_group = {name for site in sites for name in (*site.up, site.down)}

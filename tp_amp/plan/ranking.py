@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ def plan_from_importance(
     example_inputs: Any,
     importance: Callable[[Any], Tensor | None],
     widths: float | dict[str, int],
+    *,
+    num_heads: Mapping[nn.Module, int] | None = None,
 ) -> PruningPlan:
     """Keep the most important channels or heads at given widths; the model is not cut.
 
@@ -27,6 +29,7 @@ def plan_from_importance(
         importance: any Torch-Pruning importance that is ready to score.
         widths: the fraction of each MLP's channels that stays, above 0 (at least one channel
             stays), or for each `down` its number of channels; of an attention, of heads.
+        num_heads: as for `find_attentions`, where an attention does not tell them.
 
     Raises:
         ValueError: no MLP is found, `widths` names a layer that is neither MLP nor attention or
@@ -40,7 +43,7 @@ def plan_from_importance(
         >>> plan.widths
         {'blocks.0.mlp.fc2': 384}
     """
-    structure = ModelStructure(model, example_inputs)
+    structure = ModelStructure(model, example_inputs, num_heads=num_heads)
     sites = structure.sites(widths if isinstance(widths, dict) else ())
     if not sites:
         raise ValueError(f"no MLP was found in {type(model).__name__}")

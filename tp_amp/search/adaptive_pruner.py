@@ -40,7 +40,6 @@ from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import estimate_search, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
 from tp_amp.search.width_search import Found, WidthSearch
-from tp_amp.structure.attention.finding import find_attentions
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.graph import TolerantGraph
 from tp_amp.structure.mlps import MLP
@@ -96,6 +95,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         rescore: rank the neurons of each MLP again on the model as cut so far.
         prune_num_heads: search the number of heads of each attention too, as Torch-Pruning calls
             it; a head's score is the sum over its channels. At least one head stays.
+        num_heads: as for `find_attentions`, where an attention does not tell them; it is read, not
+            changed.
         round_to: kept widths of MLPs are multiples of it.
         min_width: smallest width of an MLP.
         max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
@@ -167,6 +168,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         steps: int = 6,
         rescore: bool = False,
         prune_num_heads: bool = False,
+        num_heads: Mapping[nn.Module, int] | None = None,
         round_to: int = 1,
         min_width: int = 1,
         max_pruning_ratio: float = 1.0,
@@ -221,12 +223,17 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         # The parameters that the script names must be the ones in the graph.
         meta = not unwrapped_parameters
         self._structure = ModelStructure(
-            model, example_inputs, forward_fn, build=build, on_meta_device=meta
+            model,
+            example_inputs,
+            forward_fn,
+            num_heads=num_heads,
+            build=build,
+            on_meta_device=meta,
         )
         self.mlps = without_ignored(model, self._structure.mlps, self.ignored_layers)
         self.attentions: list[Attention] = []
         if prune_num_heads:
-            found = find_attentions(model, example_inputs, forward_fn)
+            found = self._structure.some_attentions()
             self.attentions = without_ignored(model, found, self.ignored_layers)
         # In the order of the search.
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]

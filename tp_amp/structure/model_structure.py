@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
 
 from tp_amp.running.inputs import Inputs, example
-from tp_amp.structure.attention.finding import read_attentions
+from tp_amp.structure.attention.finding import listed, read_attentions
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.chain import Step, find_chain
 from tp_amp.structure.graph import TracedGraph, build_graph, untraced_graph
 from tp_amp.structure.mlps import MLP, read_mlps
+
+logger = logging.getLogger(__name__)
 
 Site = MLP | Attention
 
@@ -28,6 +31,7 @@ class ModelStructure:
         model: the dense model.
         example_inputs: as for `find_mlps`.
         forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        num_heads: as for `find_attentions`.
         build: makes another graph than the default one, see `build_graph`.
         on_meta_device: whether the model is traced without values first.
 
@@ -42,10 +46,12 @@ class ModelStructure:
         example_inputs: Any,
         forward_fn: Callable[..., Any] | None = None,
         *,
+        num_heads: Mapping[nn.Module, int] | None = None,
         build: Callable[..., Any] | None = None,
         on_meta_device: bool = True,
     ) -> None:
         self.model, self.inputs, self.forward_fn = model, example(example_inputs), forward_fn
+        self._num_heads = num_heads
         self.reasons: dict[nn.Module, str] = {}
         self._trace = partial(
             build_graph, model, example_inputs, build, forward_fn, on_meta_device=on_meta_device
@@ -70,7 +76,21 @@ class ModelStructure:
     @cached_property
     def attentions(self) -> tuple[list[Attention], dict[str, str]]:
         """The attentions that can lose heads, and module path -> why another can't."""
-        return read_attentions(self.model, self.inputs.raw(), self.forward_fn)
+        return read_attentions(self.model, self.inputs.raw(), self.forward_fn, self._num_heads)
+
+    def some_attentions(self) -> list[Attention]:
+        """The attentions that can lose heads.
+
+        Raises:
+            ValueError: there is none; each is named with its reason.
+        """
+        found, reasons = self.attentions
+        if not found:
+            name = type(self.model).__name__
+            raise ValueError(f"no attention of {name} can lose heads: {listed(reasons)}")
+        if reasons:
+            logger.warning("these attentions keep all heads: %s", listed(reasons))
+        return found
 
     def sites(self, names: Iterable[str]) -> dict[str, Site]:
         """Every MLP by its `down`, and where one of `names` is none of them, the attentions too.

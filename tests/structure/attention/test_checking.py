@@ -18,6 +18,14 @@ from tp_amp.structure.attention.finding import find_attentions, read_attentions
 WRONG = "it does not give what it gives with the others' channels zeroed"
 
 
+def reason(model: nn.Module) -> str:
+    """Why the one attention of a model can lose no heads."""
+    found, reasons = read_attentions(model, image(32))
+    assert found == []
+    [text] = reasons.values()
+    return text
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "path"),
     [
@@ -45,8 +53,7 @@ def test_a_tensor_cut_at_another_head_is_caught(
         own(self, layer, tensor, other if tensor.path == path else kept)
 
     monkeypatch.setattr(tp_amp.structure.attention.heads.HeadPruner, "_cut", shifted)
-    with pytest.raises(ValueError, match=WRONG):
-        find_attentions(model, image(32))
+    assert WRONG in reason(model)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -59,14 +66,14 @@ def test_a_projection_cut_at_another_head_is_caught(
         return own([(h + (packed == parts)) % width for h in heads], width, block, packed)
 
     monkeypatch.setattr(tp_amp.structure.attention.heads, "rows", shifted)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn: .*" + WRONG):
-        find_attentions(model, image(32))
+    assert WRONG in reason(model)
 
 
 def test_the_number_of_heads_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only changing the sizes where it reshapes is right."""
     monkeypatch.setattr(tp_amp.structure.attention.heads, "_recount", lambda *_: None)
-    with pytest.raises(ValueError, match="with 3 of 4 heads its forward pass fails"):
-        find_attentions(small(), image(32))
+    [attention] = find_attentions(small(), image(32))
+    assert attention.forward == "literal"
 
 
 def test_another_layout_is_left_out_and_other_attentions_are_not_called() -> None:

@@ -15,9 +15,13 @@ from tp_amp.structure.attention.window_forward import ShiftedWindowForward
 _FAST = "_qkv_same_embed_dim"
 _SWIN = "torchvision.models.swin_transformer"
 
+# A module's own forward pass, the nearest to the dense module's first: as it is, with its input
+# saying the width of the heads, with all its numbers of heads and channels put right, both, and
+# with sizes that it writes down changed where it reshapes.
+OWN = ("own", "narrow", "counted", "narrow counted", "literal")
+
 FORWARDS: dict[str, type[nn.Module]] = {
-    "own": HeadForward,
-    "narrow": HeadForward,
+    **dict.fromkeys(OWN, HeadForward),
     "multihead": MultiheadForward,
     "windows": ShiftedWindowForward,
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import hooks
+from tp_amp.structure.attention.adapting import OWN
 from tp_amp.structure.attention.head_tensors import CannotCut, norms_over_heads, with_tensors
 from tp_amp.structure.attention.heads import Attention, head_group, rows
 
@@ -41,7 +42,7 @@ def checked(owner: nn.Module, inputs: Inputs, guess: Attention) -> Attention:
     inputs = Inputs(_double(inputs.args), _double(inputs.kwargs))
     attention = with_tensors(model, inputs, guess)
     reason = CannotCut("it has no forward pass")
-    for forward in ("own", "narrow") if guess.forward == "own" else (guess.forward,):
+    for forward in OWN if guess.forward == "own" else (guess.forward,):
         attention = replace(attention, forward=forward)
         try:
             for fused, dropped in _trials(model, guess.width):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +13,20 @@ from torch import nn
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
-from tp_amp.structure.attention.blocks import _QKV
 from tp_amp.structure.attention.checking import checked
+from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
 from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
 
 logger = logging.getLogger(__name__)
-
-_PROJECTIONS = (*_QKV, ("q", "kv"))
-_NAMED = " or ".join("/".join(names) for names in _PROJECTIONS)
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 
 
 def find_attentions(
     model: nn.Module,
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None = None,
+    *,
+    num_heads: Mapping[nn.Module, int] | None = None,
 ) -> list[Attention]:
     """Find every attention that whole heads can be cut from, in the order of the forward pass.
 
@@ -41,10 +39,14 @@ def find_attentions(
         model: any model.
         example_inputs: as for `find_mlps`.
         forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        num_heads: the number of heads where a module does not tell it, by the attention or, as in
+            Torch-Pruning, by the Linears that make q, k and v: `{block.attn.qkv: 12}`.
+
+    Returns:
+        The attentions; none where none can lose a head.
 
     Raises:
-        ValueError: no attention can lose a head; each is named with the reason. Or the model
-            fails on `example_inputs`.
+        ValueError: the model fails on `example_inputs`, or `num_heads` does not fit the model.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -53,21 +55,22 @@ def find_attentions(
         >>> attention.down, attention.width, attention.head_width
         ('blocks.0.attn.proj', 3, 64)
     """
-    found, reasons = read_attentions(model, example_inputs, forward_fn)
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    if not found:
-        raise ValueError(
-            f"no attention of {type(model).__name__} can lose heads: {listed or 'it has none'}"
-        )
+    found, reasons = read_attentions(model, example_inputs, forward_fn, num_heads)
     if reasons:
-        logger.warning("these attentions keep all heads: %s", listed)
+        logger.warning("these attentions keep all heads: %s", listed(reasons))
     return found
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Each attention that can lose no heads, with its reason, in one line."""
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none"
 
 
 def read_attentions(
     model: nn.Module,
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None = None,
+    num_heads: Mapping[nn.Module, int] | None = None,
 ) -> tuple[list[Attention], dict[str, str]]:
     """Find the attentions that can lose heads, and why the others can't.
 
@@ -75,14 +78,16 @@ def read_attentions(
         model: any model.
         example_inputs: as for `find_mlps`.
         forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+        num_heads: as for `find_attentions`.
 
     Returns:
         The attentions in the order of the forward pass, and for the others module path -> reason.
 
     Raises:
-        ValueError: the model fails on `example_inputs`.
+        ValueError: the model fails on `example_inputs`, or `num_heads` does not fit the model.
     """
-    names = _attention_names(model)
+    counts = HeadCounts(model, num_heads)
+    names = _attention_names(model, counts)
     owners = {name: model.get_submodule(name) for name in names}
     for name in names:
         parent = name.rpartition(".")[0]
@@ -94,7 +99,7 @@ def read_attentions(
         calls = _record(model, owners, example_inputs, forward_fn)
         for name in names:
             try:
-                attention = _read(model, name, calls)
+                attention = _read(model, name, calls, counts)
                 found[attention.name] = attention
             except CannotCut as reason:
                 reasons[name] = str(reason)
@@ -102,21 +107,21 @@ def read_attentions(
     return [found[name] for name in calls if name in found], reasons
 
 
-def _attention_names(model: nn.Module) -> list[str]:
+def _attention_names(model: nn.Module, counts: HeadCounts) -> list[str]:
     """Paths of the modules with q, k and v, and of others with layers that count heads."""
     counting = {
         name: module
         for name, module in model.named_modules()
-        if _projections(module)
-        or (_heads(module) is not None and any(map(_is_layer, module.modules())))
+        if counts.projections(module)
+        or (counts.counted(module) is not None and any(map(_is_layer, module.modules())))
     }
-    known = [name for name, module in counting.items() if _projections(module)]
+    known = [name for name, module in counting.items() if counts.projections(module)]
 
-    def counts(name: str) -> bool:
+    def stands_alone(name: str) -> bool:
         inside = any(_holds(other, name) for other in known)
         return name in known or not (inside or any(_holds(name, other) for other in counting))
 
-    return [name for name in counting if counts(name)]
+    return [name for name in counting if stands_alone(name)]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -125,14 +130,6 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _holds(holder: str, name: str) -> bool:
     return name != holder and (not holder or name.startswith(f"{holder}."))
-
-
-def _heads(module: nn.Module) -> int | None:
-    """Read the number of heads off a module."""
-    for name in _HEADS:
-        if type(found := getattr(module, name, None)) is int:
-            return found
-    return None
 
 
 def _record(
@@ -161,15 +158,15 @@ def _record(
     return calls
 
 
-def _read(model: nn.Module, name: str, calls: dict[str, Inputs]) -> Attention:
+def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCounts) -> Attention:
     """Describe one attention, or raise the reason why it can't lose heads."""
-    module = model.get_submodule(name)
-    if _heads(module) == 1:
+    guesses = _guesses(model, name, counts)
+    if counts.counted(model.get_submodule(name)) == 1:
         raise CannotCut("it has one head")
     if name not in calls:
         raise CannotCut("it is not called on the example inputs")
     reasons = []
-    for owner, guess in _guesses(model, name):
+    for owner, guess in guesses:
         if owner not in calls:
             continue
         try:
@@ -179,22 +176,29 @@ def _read(model: nn.Module, name: str, calls: dict[str, Inputs]) -> Attention:
     raise reasons[0] if reasons else CannotCut("no Linear reads the channels of all its heads")
 
 
-def _guesses(model: nn.Module, name: str) -> Iterator[tuple[str, Attention]]:
+def _guesses(model: nn.Module, name: str, counts: HeadCounts) -> Iterator[tuple[str, Attention]]:
     """Yield what an attention may be, the likeliest first, with the module that holds its parts."""
     module = model.get_submodule(name)
-    heads = _heads(module) or 0
-    up = _projections(module)
     if isinstance(module, nn.MultiheadAttention):
-        width = module.out_proj.in_features // heads
+        heads, width = module.num_heads, module.out_proj.in_features // module.num_heads
         yield name, Attention("", ("",), "out_proj", heads, width, forward=_forward(module))
         return
+    up, kind = counts.projections(module), type(module).__name__
     if not up:
-        raise CannotCut(f"{type(module).__name__} has no Linears named {_NAMED}")
+        raise CannotCut(
+            f"{kind} has no Linears named {NAMED}; if others make q, k and v, pass "
+            "num_heads={linear: n}"
+        )
     made = module.get_submodule(up[-1]).out_features
     # The last holds v alone, k and v, or all three.
     channels = int(made) // (4 - len(up))  # type: ignore[arg-type]
+    heads = counts.heads(module, channels) or 0
     if not heads:
-        raise CannotCut(f"{type(module).__name__} has its number of heads as none of {_HEADS}")
+        raise CannotCut(
+            f"{kind} has its number of heads as none of {COUNTS}; pass num_heads={{module: n}}"
+        )
+    if heads == 1:
+        raise CannotCut("it has one head")
     if channels % heads:
         raise CannotCut(f"{channels} channels don't fall into {heads} heads of one width")
     guess = Attention("", up, "", heads, channels // heads, forward=_forward(module))
@@ -216,16 +220,6 @@ def _forward(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         raise CannotCut("add_bias_kv, add_zero_attn and forwards of subclasses are not known")
     return "own"
-
-
-def _projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the Linears that make q, k and v; a `nn.MultiheadAttention` has its own weights."""
-    if isinstance(module, nn.MultiheadAttention):
-        return ("in_proj_weight",)
-    for names in _PROJECTIONS:
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
-            return names
-    return ()
 
 
 def _downs(owner: nn.Module, up: tuple[str, ...], inside: str, channels: int) -> list[str]:

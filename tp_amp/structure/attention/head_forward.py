@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tp_amp.structure.attention.fitting_reshapes import FittingReshapes
+
 
 @dataclass(frozen=True)
 class HeadCut:
@@ -19,12 +21,14 @@ class HeadCut:
         arguments: positions and names of the arguments `(..., heads, rows, columns)` with an entry
             for each dense head: rotary embeddings, position biases.
         width: what the input shall say is its width, None for the truth.
+        block: channels of one head, where sizes that the code writes down are changed.
     """
 
     dense: int
     kept: tuple[int, ...]
     arguments: tuple[int | str, ...] = ()
     width: int | None = None
+    block: int | None = None
 
     def take(self, values: Any, dim: int) -> Any:
         """Take the kept heads of what has an entry for each dense head; all else broadcasts."""
@@ -48,7 +52,11 @@ class HeadForward(nn.Module):
             first = next(key for key, value in given.items() if isinstance(value, Tensor))
             given[first] = _SaysWidth(given[first], cut.width)
         positional = (given[place] for place in range(len(args)))
-        return super().forward(*positional, **{name: given[name] for name in kwargs})
+        named = {name: given[name] for name in kwargs}
+        if cut.block is None:
+            return super().forward(*positional, **named)
+        with FittingReshapes(cut.dense, len(cut.kept), cut.block):
+            return super().forward(*positional, **named)
 
 
 class _SaysWidth:
@@ -64,6 +72,20 @@ class _SaysWidth:
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+    def permute(self, *dims: Any) -> Any:
+        order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+        return self._moved(self.tensor.permute(*dims), order[-1])
+
+    def transpose(self, first: int, second: int) -> Any:
+        last = {first: second, second: first}
+        place = last.get(-1, last.get(self.tensor.dim() - 1, -1))
+        return self._moved(self.tensor.transpose(first, second), place)
+
+    def _moved(self, tensor: Tensor, last: int) -> Any:
+        """What has its dimensions in another order, which says the width while that is the last."""
+        kept = last % tensor.dim() == tensor.dim() - 1
+        return _SaysWidth(tensor, self.shape[-1]) if kept else tensor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor, name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import hooks
-from tp_amp.structure.attention.adapting import adapt
+from tp_amp.structure.attention.adapting import OWN, adapt
 from tp_amp.structure.attention.head_forward import HeadCut
 from tp_amp.structure.attention.heads import Attention, HeadTensor
 
@@ -110,7 +110,7 @@ def _leaves(model: nn.Module, guess: Attention) -> dict[str, Tensor]:
 def _observable(model: nn.Module, guess: Attention) -> HeadCut:
     """Let a module run a forward pass that calls its projection."""
     holder = model.get_submodule(guess.holder)
-    if guess.forward not in ("own", "narrow"):
+    if guess.forward not in OWN:
         adapt(holder, guess.forward)
     return getattr(holder, "head_cut", HeadCut(guess.width, tuple(range(guess.width))))
 

@@ -45,8 +45,10 @@ class Attention:
         width: number of heads.
         head_width: channels of one head at the projection's input.
         tensors: what else has a part for each head: biases, tables, norms, gates.
-        forward: which forward pass runs with fewer heads: its `own`, its own told a `narrow` input,
-            or one of this package's, `multihead` and `windows`.
+        forward: which forward pass runs with fewer heads: its `own`, its own told a `narrow` input
+            or with every number of heads and channels put right (`counted`) or both, or with the
+            sizes in its code changed where it reshapes (`literal`), or one of this package's,
+            `multihead` and `windows`.
         arguments: positions and names of the arguments with an entry for each head.
 
     Example:
@@ -152,10 +154,15 @@ class HeadPruner(function.BasePruningFunc):  # type: ignore[misc]
         if attention.forward == "own" and not attention.arguments and old is None:
             return
         left = tuple((old or dense).kept[head] for head in kept)
-        width = len(kept) * attention.head_width if attention.forward == "narrow" else None
+        width = len(kept) * attention.head_width if "narrow" in attention.forward else None
+        block = attention.head_width if attention.forward == "literal" else None
         adapt(holder, attention.forward)
         holder.__dict__["head_cut"] = HeadCut(
-            (old or dense).dense, left, attention.arguments or (old or dense).arguments, width
+            (old or dense).dense,
+            left,
+            attention.arguments or (old or dense).arguments,
+            width,
+            block,
         )
 
 
@@ -205,15 +212,18 @@ def rows(heads: Sequence[int], width: int, block: int, parts: int = 1) -> list[i
 
 
 def _recount(module: nn.Module, attention: Attention, heads: int) -> None:
-    """Put right the numbers that a module keeps of its heads and of their channels."""
-    channels = attention.width * attention.head_width
+    """Put right the numbers that a module keeps of its heads and of their channels.
+
+    By their names, since others have the same value; by the value alone where only that runs.
+    """
+    channels, all_alike = attention.width * attention.head_width, "counted" in attention.forward
     for name, value in list(vars(module).items()):
-        if type(value) is not int:
+        if type(value) is not int or isinstance(module, nn.Linear):
             continue
         sized = any(word in name for word in ("dim", "size", "width", "channel"))
-        if value == attention.width and "head" in name and not sized:
+        if value == attention.width and not sized and ("head" in name or all_alike):
             setattr(module, name, heads)
-        elif value == channels and sized and _of_all_heads(name):
+        elif value == channels and (all_alike or (sized and _of_all_heads(name))):
             setattr(module, name, heads * attention.head_width)
 
 
