@@ -7,7 +7,6 @@ import torch
 from zoo_checks import check
 from zoo_more import NAMES, more_models
 
-
 SLOW = {"hf_mask2former", "hf_upernet", "hf_levit", "hf_rt_detr"}
 
 
