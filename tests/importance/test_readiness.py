@@ -9,6 +9,7 @@ from comparisons import batches
 from torch import Tensor, nn
 from toys import images, toy
 
+import tp_amp
 from tp_amp.importance.readiness import forget, make_ready
 
 
@@ -81,3 +82,36 @@ def test_hessian_reads_batches_image_by_image(form: str) -> None:
         loss = nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1])
         expected = torch.autograd.grad(loss, model.head.weight)[0]
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("GroupTaylorImportance", "TaylorImportance"),
+        ("GroupHessianImportance", "HessianImportance"),
+    ],
+)
+def test_both_names_of_an_importance_are_made_ready_alike(one: str, other: str) -> None:
+    found = []
+    for name in (one, other):
+        importance = getattr(tp.importance, name)()
+        data = batches(labels=True)
+        table = tp_amp.compare(toy(), images(1), {name: importance}, data, progress=False)
+        found.append([(row.kept, row.value) for row in table.rows])
+        assert not table.failures
+    assert found[0] == found[1]
+
+
+def test_what_a_vit_has_nothing_for_is_said_in_a_sentence() -> None:
+    importances = [
+        tp.importance.BNScaleImportance(),
+        tp.pruner.importance.OBDCImportance(num_classes=5),
+        tp.importance.LAMPImportance(),
+    ]
+    found = tp_amp.compare(toy(), images(1), importances, batches(labels=True), progress=False)
+    assert found.failures["BNScaleImportance"] == (
+        "BNScaleImportance reads the scales of batch norms, and ToyViT has none; take another "
+        "importance"
+    )
+    assert "needs hooks of its own" in found.failures["OBDCImportance"]
+    assert {row.importance for row in found.rows} == {"LAMPImportance"}

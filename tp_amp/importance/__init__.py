@@ -4,7 +4,7 @@ One module for each criterion, each a Torch-Pruning importance: `entropy_taylor`
 `gram_schmidt` (DGMR), `dimap` (DIMAP) and `reconstruction`. They ask `objectives` what the model
 is for, `sensitivity` what an error costs its predictions and `hidden_moments` what its layers
 read; `recording` and `recomputing` bound the memory of scoring. `readiness` collects what an
-importance needs before it is asked.
+importance needs before it is asked, and `global_ranking` tells where ranks are compared.
 """
 
 # What other folders import; every other module here is private to the folder.

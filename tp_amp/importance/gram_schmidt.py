@@ -9,6 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from tp_amp.importance.global_ranking import warn_of_global_ranking
 from tp_amp.structure.groups import GroupLayer, group_layers, root_name, root_weights
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class GramSchmidtImportance(tp.importance.Importance):  # type: ignore[misc]
 
     The score is the rank as a share: 1 for the first pick, 1/channels for the last. A rank says
     nothing about other layers, so the global ranking of `tp.pruner.MetaPruner` takes the same share
-    of every layer, as local pruning does and as the paper prunes.
+    of every layer, as local pruning does and as the paper prunes; a warning says so.
 
     Args:
         weights: `"up"` as in the paper, or `"both"`: the columns of the layers that read the
@@ -67,6 +68,7 @@ class GramSchmidtImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             ValueError: weights are not finite.
         """
+        warn_of_global_ranking(self)
         layers = list(group_layers(group))
         if all(layer.side == "in" for layer in layers):
             logger.warning(

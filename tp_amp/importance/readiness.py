@@ -50,15 +50,22 @@ def make_ready(
         if importance.data is None and not known:
             chosen = None if layers is None else list(layers)
             importance.collect(model, batches, layers=chosen, progress=progress)
-    elif isinstance(importance, tp.importance.HessianImportance):
+    elif isinstance(importance, tp.importance.GroupHessianImportance):
         importance.zero_grad()
         _each_image(importance, model, batches, progress)
-    elif isinstance(importance, tp.importance.TaylorImportance):
+    elif isinstance(importance, tp.importance.GroupTaylorImportance):
         model.zero_grad()
         for batch in bar(batches, description="gradients", progress=progress):
             _add_gradients(importance, model, batch)
     elif isinstance(importance, tp.pruner.importance.ActivationImportance):
         _activations(importance, model, batches, progress)
+    elif isinstance(importance, tp.importance.BNScaleImportance):
+        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        if not any(norm.affine for norm in norms):
+            raise ValueError(
+                f"BNScaleImportance reads the scales of batch norms, and {type(model).__name__} "
+                "has none; take another importance"
+            )
     elif isinstance(importance, tp.importance.OBDCImportance):
         raise ValueError(
             "OBDCImportance needs hooks of its own and a pruner while gradients are computed; "

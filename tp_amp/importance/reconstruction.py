@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from tp_amp.algebra.falling_gains import falling_gains
 from tp_amp.algebra.held_out import foreseen_errors
 from tp_amp.algebra.pivoting import gain_pivots
 from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
@@ -66,7 +67,9 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     The companion of `compensation="affine"`: greedily keeps the neurons that leave the smallest
     error once the rest is rebuilt from them. An error counts by what it costs the model's
     predictions (`output_sensitivity`), so errors of different layers are in the same unit, nats
-    for each image. The score is the rank, the first pick highest. Made for MLPs and attention
+    for each image. The score is the loss that a channel takes away when those picked before it are
+    kept (`falling_gains`), so that the global ranking of `tp.pruner.MetaPruner` cuts where least is
+    foreseen to be lost; within a layer the first pick is highest. Made for MLPs and attention
     projections; for groups that no collected layer reads it gives None.
 
     Args:
@@ -209,24 +212,24 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
                 if layer.name not in self.orders:
                     self.collect(group._DG.model, self.data, layers=[layer.name], progress=False)
             if layer.name in self.orders:
-                return self._ranks(layer, weight.shape[1], len(group[0].idxs))
+                return self._gains(layer, weight.shape[1], len(group[0].idxs))
         logger.warning(
             "no layer that reads the group of %s was collected", group[0].dep.target.name
         )
         return None
 
-    def _ranks(self, layer: Any, width: int, roots: int) -> Tensor:
+    def _gains(self, layer: Any, width: int, roots: int) -> Tensor:
         order = self.orders[layer.name]
         if len(order) != width:
             raise ValueError(
                 f"{layer.name} has {width} input channels and {len(order)} scores; collect again "
                 "after pruning, or pass data= so that this happens by itself"
             )
-        rank = torch.empty(width)
-        rank[order] = torch.arange(width - 1, -1, -1, dtype=torch.float)
-        scores = torch.zeros(roots)
+        gains = torch.empty(width, dtype=torch.float64)
+        gains[order] = falling_gains(self.errors[layer.name])
+        scores = torch.zeros(roots, dtype=torch.float64)
         index = torch.tensor(layer.root_indices)
-        return scores.scatter_add_(0, index, rank[torch.tensor(layer.indices)])
+        return scores.scatter_add_(0, index, gains[torch.tensor(layer.indices)])
 
 
 def _is_projection(module: Any) -> bool:
