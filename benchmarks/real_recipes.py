@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import tp_amp
 
-PASSES = 10
+PASSES = 5
+STEPS, STEP_IMAGES, PEAK = 300, 12, 4e-5  # of distillation
 GRAIL_RIDGE = 1e-3  # relative to the mean diagonal
 CORP_RIDGE = 1e-4
 
@@ -28,6 +29,27 @@ CORP_RIDGE = 1e-4
 def clock() -> np.ndarray:
     """Seconds, and the processor's, of all threads."""
     return np.array([time.perf_counter(), time.process_time()])
+
+
+class Photographs:
+    """Batches in an order of their own in each epoch, half of the images mirrored."""
+
+    def __init__(self, images: Tensor, size: int, seed: int) -> None:
+        self.images, self.size, self.seed, self.epoch = images, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        for index in torch.randperm(len(self.images), generator=generator).split(self.size):
+            images = self.images[index]
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+            yield images
 
 
 class Draw:
@@ -91,6 +113,22 @@ class Draw:
         model = copy.deepcopy(self.model)
         tp_amp.compensate(model, plan, self.batches, progress=False, **options)
         return model
+
+    def distilled(self, student: nn.Module) -> nn.Module:
+        """Train the whole for `STEPS` steps to give the dense model's tokens, without labels."""
+        photographs = Photographs(torch.cat(self.batches), STEP_IMAGES, self.seed)
+        epochs = max(1, round(STEPS / len(photographs)))
+        return tp_amp.distill(
+            student,
+            copy.deepcopy(self.model),
+            photographs,
+            epochs=epochs,
+            learning_rate=PEAK * 256 / STEP_IMAGES,
+            warmup_epochs=0.1 * epochs,
+            weight_decay=(0.0, 0.0),
+            seed=self.seed,
+            progress=False,
+        )
 
 
 def from_weights(importance: Callable[[], Any]) -> Callable[[Draw], Any]:
@@ -221,3 +259,5 @@ RECIPES |= {
         d.plan("Reconstruction", kept), every_linear=True, refine=PASSES
     ),
 }
+for _name in (f"{RECOMMENDED}, refined", "EntropyTaylor", "Magnitude L2"):
+    RECIPES[f"{_name}, distilled"] = lambda d, kept, n=_name: d.distilled(RECIPES[n](d, kept))
