@@ -22,6 +22,7 @@ def sensitivities(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Sequence[Inputs],
+    objective: Objective | None,
     *,
     activation_checkpointing: bool = False,
 ) -> dict[str, Tensor | None]:
@@ -31,6 +32,7 @@ def sensitivities(
         model: the dense model.
         layers: that are fitted.
         batches: unlabelled images, prepared.
+        objective: what the model is for; None where all errors cost the same.
         activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Returns:
@@ -43,14 +45,14 @@ def sensitivities(
             logger.warning("%s reads more than an MLP and is not refined", layer.name)
         elif isinstance(layer.site, MLP):
             mlps[layer.name] = layer
-    if not mlps:
-        return {}
+    if not mlps or objective is None:
+        return dict.fromkeys(mlps)
     raw = [batch.raw() for batch in batches]
     found = output_sensitivity(
         model,
         mlps,
         raw,
-        Objective(),
+        objective,
         skip_unused=True,
         activation_checkpointing=activation_checkpointing,
         progress=False,

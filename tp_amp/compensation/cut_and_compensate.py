@@ -11,6 +11,7 @@ from torch import nn
 from tp_amp.algebra.closed_form import RIDGE, Correction, Method
 from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
+from tp_amp.importance.error_objective import ErrorObjective
 from tp_amp.plan.applying import planned_sites
 from tp_amp.plan.cutting import cut_all, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
@@ -31,6 +32,7 @@ def compensate(
     token_weights: TokenWeights = None,
     every_linear: bool = False,
     refine: int = 0,
+    objective: ErrorObjective = "auto",
     activation_checkpointing: bool = False,
     memory_bytes: int | None = None,
     progress: bool = True,
@@ -64,6 +66,9 @@ def compensate(
             together, by gradients of what is missing behind it alone, as costly to the dense
             model's predictions; on tokens drawn from all images but one in eight, which judges.
             Needs `every_linear=True`. It keeps more where much is cut.
+        objective: what errors cost, for `refine` and `token_weights="sensitivity"`: as for
+            `ReconstructionImportance`, `"auto"`, a callable on the model's output, or
+            `"reconstruction"`, by which all count the same.
         activation_checkpointing: run each block again in the backward passes through the whole
             model, those of `refine` and `token_weights="sensitivity"`: for models too deep for the
             memory.
@@ -92,7 +97,14 @@ def compensate(
         True
     """
     recipe = Recipe(
-        method, ridge, add_bias, token_weights, every_linear, refine, activation_checkpointing
+        method,
+        ridge,
+        add_bias,
+        token_weights,
+        every_linear,
+        refine,
+        activation_checkpointing,
+        objective,
     )
     if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 0):
         raise ValueError(f"memory_bytes must be a number of bytes or None, found {memory_bytes!r}")

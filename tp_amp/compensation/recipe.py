@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tp_amp.algebra.closed_form import METHODS, RIDGE, Correction, Method
 from tp_amp.algebra.held_out import best_correction
 from tp_amp.algebra.moments import Halves
+from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
 from tp_amp.running.inputs import Inputs
@@ -38,14 +39,16 @@ class Recipe:
         activation_checkpointing: run each block again in the backward passes through the whole
             model, those of `refine` and `token_weights="sensitivity"`, as for
             `EntropyTaylorImportance`.
+        objective: what errors cost, for `refine` and `token_weights="sensitivity"`: as for
+            `ReconstructionImportance`.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives
             the weight of each token, `(images, tokens)`, 0 for padding; or `"sensitivity"`: each
             layer's tokens weigh what an error at their place costs the predictions (or
             similarities) of the dense model, by its squared gradient. By default all are 1.
 
     Raises:
-        ValueError: `method`, `ridge`, `token_weights` or `refine` is not valid, or nothing needs
-            `activation_checkpointing`.
+        ValueError: `method`, `ridge`, `token_weights`, `refine` or `objective` is not valid, or
+            nothing needs `activation_checkpointing`.
 
     Example:
         >>> import torch, tp_amp
@@ -61,6 +64,7 @@ class Recipe:
     every_linear: bool = False
     refine: int = 0
     activation_checkpointing: bool = False
+    objective: ErrorObjective = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -74,6 +78,7 @@ class Recipe:
             )
         if not isinstance(self.refine, int) or self.refine < 0:
             raise ValueError(f"refine must be a number of passes, found {self.refine!r}")
+        error_objective(self.objective)
         if self.refine and not (self.every_linear and self.method == "affine"):
             raise ValueError(
                 f"refine={self.refine} goes on from every Linear solved for; pass "
@@ -84,6 +89,13 @@ class Recipe:
                 'only refine and token_weights="sensitivity" run backward passes; leave '
                 "activation_checkpointing out"
             )
+
+
+def read_objective(recipe: Recipe, model: nn.Module, batches: Sequence[Inputs]) -> Objective | None:
+    """What errors cost on a model; None where all count the same, or nobody asks."""
+    if recipe.method == "none" or not (recipe.refine or recipe.token_weights == "sensitivity"):
+        return None
+    return readable(error_objective(recipe.objective), model, [batches[0].raw()])
 
 
 def apply(layer: nn.Module, correction: Correction, first: int = 0) -> None:
@@ -139,16 +151,22 @@ def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
 
 
 def place_weights(
-    recipe: Recipe, model: nn.Module, layers: Collection[str], batches: Sequence[Inputs]
+    recipe: Recipe,
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Inputs],
+    objective: Objective | None,
 ) -> dict[str, Tensor]:
     """The weight of each place of an image, by layer, where the dense model gives them."""
     if recipe.token_weights != "sensitivity" or recipe.method == "none":
+        return {}
+    if objective is None:
         return {}
     found = place_sensitivity(
         model,
         layers,
         batches,
-        Objective(),
+        objective,
         activation_checkpointing=recipe.activation_checkpointing,
     )
     left = [name for name in layers if name not in found]

@@ -20,6 +20,7 @@ from tp_amp.compensation.recipe import (
     corrected,
     given_weights,
     place_weights,
+    read_objective,
     tell_few,
 )
 from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
@@ -83,11 +84,12 @@ def fit(
             if len(sizes) == 1:
                 chain = structure.chain(few, [site.name for site in sites])
             layers = layers_to_fit(graph, few, sites, keep, recipe)
-        places = place_weights(recipe, model, [layer.name for layer in layers], inputs)
+        objective = read_objective(recipe, model, inputs)
+        places = place_weights(recipe, model, [x.name for x in layers], inputs, objective)
         costs: dict[str, Tensor | None] = {}
         if recipe.refine:
             again = recipe.activation_checkpointing
-            costs = sensitivities(model, layers, inputs, activation_checkpointing=again)
+            costs = sensitivities(model, layers, inputs, objective, activation_checkpointing=again)
         with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
             walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs, shelf)
             for step in bar(chain, description="compensation", progress=progress):

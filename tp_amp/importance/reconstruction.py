@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tp_amp.algebra.falling_gains import falling_gains
 from tp_amp.algebra.held_out import foreseen_errors
 from tp_amp.algebra.pivoting import gain_pivots
+from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
 from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
@@ -73,8 +74,9 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     projections; for groups that no collected layer reads it gives None.
 
     Args:
-        objective: what the model is for, as for `EntropyTaylorImportance`; None: all errors of an
-            output count the same, and no gradient is taken.
+        objective: what the model is for, as for `EntropyTaylorImportance`; `"reconstruction"` or
+            None: all errors of an output count the same, and no gradient is taken. So it is where
+            `"auto"` finds neither classes nor features, which is logged.
         temperature: of the similarity softmax.
         data: an iterable of batches. With it, activations are collected on the first group asked
             about, and a layer's again when its weight has changed since. A copy of the model, or
@@ -104,7 +106,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def __init__(
         self,
-        objective: str | Callable[[Any], Tensor] | None = "auto",
+        objective: ErrorObjective = "auto",
         temperature: float = 1 / 15,
         data: Iterable[Any] | None = None,
         *,
@@ -112,7 +114,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     ) -> None:
         if data is not None:
             check_batches(data, repeatable=True)
-        self.objective = None if objective is None else Objective(objective, temperature)
+        self.objective = error_objective(objective, temperature)
         self.data = data
         self._recompute = activation_checkpointing
         self.orders: dict[str, Tensor] = {}
@@ -153,10 +155,11 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
             raise ValueError(f"{wrong} are no Linears or 1x1 convolutions of the model")
         parts = in_turns([(name, _inputs(named[name])) for name in layers])
         check_batches(batches, repeatable=len(parts) > 1 or self.objective is not None)
+        objective = readable(self.objective, model, batches)
         for part in parts:
             moments = hidden_moments(model, part, batches, progress=progress)
-            roots = self._roots(model, part, batches, chosen, progress)
-            for name in part if self.objective is None else roots:
+            roots = self._roots(objective, model, part, batches, chosen, progress)
+            for name in part if objective is None else roots:
                 weight: Any = named[name].weight
                 seen = weight.flatten(1).double()
                 seen = roots[name] @ seen if name in roots else seen
@@ -169,6 +172,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def _roots(
         self,
+        objective: Objective | None,
         model: nn.Module,
         layers: list[str],
         batches: Iterable[Any],
@@ -176,13 +180,13 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         progress: bool,
     ) -> dict[str, Tensor]:
         """Square roots of the sensitivities, so that |root @ error|^2 counts in nats."""
-        if self.objective is None:
+        if objective is None:
             return {}
         found = output_sensitivity(
             model,
             layers,
             batches,
-            self.objective,
+            objective,
             skip_unused=skip_unused,
             activation_checkpointing=self._recompute,
             progress=progress,

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
-from tp_amp.compensation.recipe import Recipe, corrected, given_weights, place_weights, tell_few
+from tp_amp.compensation.recipe import (
+    Recipe,
+    corrected,
+    given_weights,
+    place_weights,
+    read_objective,
+    tell_few,
+)
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
@@ -40,7 +47,8 @@ class Compensator:
         self.places: dict[str, Tensor] = {}
         if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
-            self.places = place_weights(recipe, graph.model, layers, inputs)
+            objective = read_objective(recipe, graph.model, inputs)
+            self.places = place_weights(recipe, graph.model, layers, inputs, objective)
         self._told = False
         self._moments: tuple[str, Halves] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None

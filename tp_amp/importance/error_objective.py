@@ -1,0 +1,77 @@
+"""What errors are to be counted by: an objective's sensitivity, or all alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_amp.importance.objectives import Objective
+from tp_amp.running.batches import stream
+from tp_amp.running.inputs import one_image
+from tp_amp.running.restoring import seeded
+from tp_amp.structure.observing import observing
+
+logger = logging.getLogger(__name__)
+
+# A name of an objective, a callable, or None for "reconstruction".
+ErrorObjective = str | Callable[[Any], Tensor] | None
+
+
+def error_objective(objective: ErrorObjective, temperature: float = 1 / 15) -> Objective | None:
+    """What errors count by; None where all errors of an output count the same.
+
+    Args:
+        objective: as for `EntropyTaylorImportance`; or `"reconstruction"`, None for short.
+        temperature: of the similarity softmax.
+
+    Raises:
+        ValueError: it is another string, or the temperature is not positive.
+    """
+    if objective is None or objective == "reconstruction":
+        return None
+    try:
+        return Objective(objective, temperature)
+    except ValueError as error:
+        if isinstance(objective, str) and temperature > 0:
+            raise ValueError(
+                "objective must be 'auto', 'prediction', 'similarity', 'reconstruction', a "
+                f"callable or None, found {objective!r}"
+            ) from error
+        raise
+
+
+def readable(
+    objective: Objective | None, model: nn.Module, batches: Iterable[Any]
+) -> Objective | None:
+    """The objective, or None and a warning where `auto` finds neither classes nor features.
+
+    So models of dense prediction need no objective: token or feature maps, depth, boxes, masks.
+
+    Args:
+        objective: None stays None, and what is no `auto` is as it was.
+        model: left as it was.
+        batches: of which the first is run.
+    """
+    if objective is None or objective.kind != "auto":
+        return objective
+    with torch.no_grad(), observing(model, gradients=False), seeded(0):
+        first = next(stream(batches, model, description="first batch", progress=False))
+        few = one_image(first, 2)
+        resolved = objective.resolve(model, few)
+        try:
+            resolved(model, few)
+        except TypeError as error:
+            logger.warning(
+                "%s's output is neither classes nor features, so all errors of a layer count the "
+                "same; pass objective= to say what matters (%s)",
+                type(model).__name__,
+                str(error).partition(";")[0],
+            )
+            return None
+        except ValueError:  # told where it is used
+            return resolved
+    return resolved
