@@ -36,7 +36,7 @@ COUNTS = {
     **dict.fromkeys(("eva02_clip", "eva_giant", "beit", "beitv2", "beit3"), (2, 0)),
     **dict.fromkeys(("vit_rope_mixed", "samvit", "dwee"), (2, 0)),
     **{"siglip": (3, 0), "pe_core": (3, 0), "swin": (6, 2), "swinv2": (6, 2), "xcit": (4, 0)},
-    **{"davit": (8, 0), "swin_s3": (3, 1), "mobilevit": (9, 0)},
+    **{"davit": (8, 0), "swin_s3": (3, 1), "mobilevit": (9, 0), "pvt_v2": (6, 2), "mvitv2": (9, 1)},
 }
 OTHER_COUNTS = {
     **{"open_clip": (2, 0), "open_clip_full": (3, 0), "torchvision_vit": (2, 0)},
