@@ -238,8 +238,15 @@ def fold(
 Recipe = Callable[[Draw, float], nn.Module]
 RECOMMENDED = "plan_for_target + affine, every Linear"
 UNIFORM = "Reconstruction + affine, every Linear"
+REFINED = f"{RECOMMENDED}, by sensitivity, refined"
 RECIPES: dict[str, Recipe] = {
+    REFINED: lambda d, kept: d.compensated(
+        d.own_plan(kept), every_linear=True, token_weights="sensitivity", refine=PASSES
+    ),
     RECOMMENDED: lambda d, kept: d.compensated(d.own_plan(kept), every_linear=True),
+    f"{RECOMMENDED}, by sensitivity": lambda d, kept: d.compensated(
+        d.own_plan(kept), every_linear=True, token_weights="sensitivity"
+    ),
     UNIFORM: lambda d, kept: d.compensated(d.plan("Reconstruction", kept), every_linear=True),
 }
 for _name in IMPORTANCES:
@@ -252,12 +259,12 @@ RECIPES |= {
     ),
     "GRAIL: magnitude + uncentred ridge": lambda d, kept: one_shot(d, kept, "magnitude", "GRAIL"),
     "CORP: magnitude + affine at once": lambda d, kept: one_shot(d, kept, "magnitude", "affine"),
-    f"{RECOMMENDED}, refined": lambda d, kept: d.compensated(
-        d.own_plan(kept), every_linear=True, refine=PASSES
-    ),
-    f"{UNIFORM}, refined": lambda d, kept: d.compensated(
-        d.plan("Reconstruction", kept), every_linear=True, refine=PASSES
+    f"{UNIFORM}, by sensitivity, refined": lambda d, kept: d.compensated(
+        d.plan("Reconstruction", kept),
+        every_linear=True,
+        token_weights="sensitivity",
+        refine=PASSES,
     ),
 }
-for _name in (f"{RECOMMENDED}, refined", "EntropyTaylor", "Magnitude L2"):
+for _name in (REFINED, "EntropyTaylor", "Magnitude L2"):
     RECIPES[f"{_name}, distilled"] = lambda d, kept, n=_name: d.distilled(RECIPES[n](d, kept))

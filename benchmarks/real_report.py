@@ -7,20 +7,24 @@ from statistics import mean, variance
 from typing import Any
 
 from matplotlib.figure import Figure
-from real_recipes import IMPORTANCES, RECOMMENDED, UNIFORM
+from real_recipes import IMPORTANCES, RECOMMENDED, REFINED, UNIFORM
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#56B4E9", "#777777", "#7F6000", "#BBBBBB")
 CURVES = {
-    f"{RECOMMENDED}, refined": ("#B22222", "*", "-"),
+    f"{REFINED}, distilled": ("#7B3294", "^", "-"),
+    REFINED: ("#B22222", "*", "-"),
+    f"{RECOMMENDED}, by sensitivity": ("#D55E00", "v", "-"),
     RECOMMENDED: ("#D55E00", "o", "-"),
-    f"{UNIFORM}, refined": ("#B22222", "*", "--"),
+    f"{UNIFORM}, by sensitivity, refined": ("#B22222", "*", "--"),
     UNIFORM: ("#D55E00", "o", "--"),
     "CORP: magnitude + affine at once": ("#CC79A7", "D", ":"),
     "GRAIL: magnitude + uncentred ridge": ("#CC79A7", "P", ":"),
     "FLAP: variance and norm + mean": ("#000000", ">", ":"),
     "VBP: variance + mean": ("#000000", "<", ":"),
 }
+for _name, _colour in (("EntropyTaylor", "#0072B2"), ("Magnitude L2", "#56B4E9")):
+    CURVES[f"{_name}, distilled"] = (_colour, "^", "--")
 for _name, _colour in zip(IMPORTANCES, COLOURS, strict=True):
     CURVES[f"{_name} + affine"] = (_colour, "s", "-")
     CURVES[_name] = (_colour, "x", "-.")

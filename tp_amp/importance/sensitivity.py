@@ -95,8 +95,8 @@ def place_sensitivity(
     """How much errors of layers cost at each place of an image, relative to all its places.
 
     The squared gradient of `output_sensitivity`, as its mean over the images of all ranks: that of
-    a single token of one image, of one drawn label, tells little. All places weigh a tenth of their
-    mean at least.
+    a single token of one image, of one drawn label, tells little. Half of all weight is dealt by it
+    and half to all places alike: what only a class token is fitted to is fitted to few tokens.
 
     Args:
         model: left as it was.
@@ -134,7 +134,7 @@ def place_sensitivity(
     added = _added({name: total for name, total in totals.items() if name not in uneven})
     _check_finite(added)
     return {
-        name: total.to(totals[name]) / total.mean() + LEAST
+        name: total.to(totals[name]) / total.mean() + 1
         for name, total in added.items()
         if float(total.sum()) > 0
     }
