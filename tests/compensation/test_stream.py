@@ -12,7 +12,6 @@ from toys import PlainMLP, fingerprint, images, perturbed, toy
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.compensation.stream import Place, find_place
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.watching import watch
 
 
 class Around(nn.Module):
@@ -113,19 +112,6 @@ def test_windows_of_a_swin_are_in_another_order() -> None:
         found = find_place(block, model, f"{path}.mlp.fc2", inputs)
     assert found is not None
     assert found.name == ""
-
-
-def test_what_is_seen_later_is_the_stream() -> None:
-    model = perturbed(Around("scaled"))
-    with torch.no_grad():
-        for stop in (True, False):
-            seen, output = watch(
-                model, model, "mlp.second", Inputs((tokens(),)), stop=stop, later="norm"
-            )
-            assert (output is None) == stop
-            assert seen.later is not None
-            expected = tokens() + model.gamma * seen.outputs.view(4, 5, 6)
-            torch.testing.assert_close(seen.later, expected.view(-1, 6))
 
 
 def test_a_correction_adds_to_the_stream_what_it_should() -> None:

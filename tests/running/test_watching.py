@@ -1,0 +1,88 @@
+"""What single layers of a toy read and give, against its forward pass written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toys import fingerprint, images, toy
+
+from tp_amp.running.inputs import Inputs
+from tp_amp.running.watching import called_with, calls_in_order, first_tensor, watch
+
+NAME = "blocks.0.mlp.second"
+
+
+@pytest.mark.parametrize("stop", [True, False])
+@torch.no_grad()
+def test_inputs_outputs_and_what_comes_later(stop: bool) -> None:
+    model, batch = toy(), images(4)
+    before = fingerprint(model)
+    seen, output = watch(model, model, NAME, Inputs((batch,)), stop=stop, later="blocks.1")
+    assert fingerprint(model) == before
+    x = model.embed(batch).flatten(2).transpose(1, 2)
+    block = model.blocks[0]
+    y = block.norm1(x)
+    attention = (block.query(y) @ block.key(y).transpose(1, 2)).softmax(-1)
+    x = x + block.project(attention @ block.value(y))
+    hidden = block.mlp.act(block.mlp.first(block.norm2(x)))
+    given = block.mlp.second(hidden)
+    torch.testing.assert_close(seen.inputs, hidden.flatten(0, 1))
+    torch.testing.assert_close(seen.outputs, given.flatten(0, 1))
+    torch.testing.assert_close(seen.later, (x + given).flatten(0, 1))
+    if stop:
+        assert output is None
+    else:
+        torch.testing.assert_close(output, model(batch))
+
+
+@torch.no_grad()
+def test_the_output_of_what_is_run_comes_later_too() -> None:
+    model = toy()
+    state = torch.randn(3, 4, 12)
+    block = model.blocks[0]
+    for stop in (True, False):
+        seen, output = watch(block, model, NAME, Inputs((state,)), stop=stop, later="")
+        torch.testing.assert_close(seen.later, block(state).flatten(0, 1))
+        assert (output is None) == stop
+    seen, _ = watch(block, model, NAME, Inputs((state,)), stop=True)
+    assert seen.later is None
+
+
+def test_a_layer_that_is_not_called_is_named() -> None:
+    model = toy()
+    with pytest.raises(ValueError, match="second was not called on a batch"):
+        watch(
+            model.blocks[0],
+            model,
+            "blocks.1.mlp.second",
+            Inputs((torch.randn(1, 4, 12),)),
+            stop=True,
+        )
+
+
+@torch.no_grad()
+def test_what_a_part_is_called_with() -> None:
+    model, batch = toy(), images(4)
+    called = called_with(model, model.blocks[1], Inputs((batch,)))
+    assert called is not None
+    torch.testing.assert_close(
+        called.args[0], model.blocks[0](model.embed(batch).flatten(2).transpose(1, 2))
+    )
+    assert called_with(model, nn.Linear(2, 2), Inputs((batch,))) is None
+
+
+@torch.no_grad()
+def test_calls_come_in_their_order() -> None:
+    model = toy()
+    names = ["blocks.1.mlp.second", "head", NAME]
+    assert calls_in_order(model, Inputs((images(2),)), names) == [NAME, names[0], "head"]
+
+
+def test_the_state_is_the_first_tensor() -> None:
+    x = torch.zeros(2)
+    assert first_tensor(x) is x
+    assert first_tensor((x, 1)) is x
+    assert first_tensor([x]) is x
+    assert first_tensor({"x": x}) is None
+    assert first_tensor(()) is None
