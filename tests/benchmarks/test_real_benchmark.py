@@ -30,7 +30,8 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
+    monkeypatch.setattr(real_recipes, "STEPS", 3)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -44,6 +45,21 @@ def task():
 @pytest.fixture(scope="module")
 def draw(task):
     return real_recipes.Draw(task, 32, 0)
+
+
+def test_photographs_come_once_in_an_epoch_half_of_them_mirrored():
+    images = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 1, 1, 2).clone()
+    images[..., 1] += 100
+    batches = real_recipes.Photographs(images, 12, 0)
+    orders = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        seen = torch.cat(list(batches)).flatten(1)
+        assert len(batches) == len(list(batches)) == 4
+        orders.append(seen.min(1).values.tolist())
+        assert sorted(orders[-1]) == list(range(40))
+        assert 8 < int((seen[:, 0] > seen[:, 1]).sum()) < 32
+    assert orders[0] != orders[1]
 
 
 def test_rows_are_measured_once(tmp_path, capsys, monkeypatch):
