@@ -31,12 +31,12 @@ def test_a_callable_objective_gives_the_sum_of_outer_products() -> None:
         gradients = [gradient_of(model, layer, image, squares) for image in images()]
         products = torch.stack([g.T @ g for g in gradients])
         mean = products.mean(0)
-        # Ledoit and Wolf: towards the mean eigenvalue, by what the mean of the products varies by.
-        middle = mean.trace() / len(mean) * torch.eye(len(mean), dtype=torch.double)
-        varies = (products - mean).square().sum() / len(products) / (len(products) - 1)
-        share = varies / (mean - middle).square().sum()
+        # Towards its diagonal, by what the mean of the products varies by.
+        beside = ~torch.eye(len(mean), dtype=torch.bool)
+        varies = products.var(0)[beside].sum() / len(products)
+        share = varies / mean[beside].square().sum()
         assert 0.05 < share < 0.95
-        expected = (1 - share) * mean + share * middle
+        expected = torch.where(beside, (1 - share) * mean, mean)
         assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
 
 

@@ -38,7 +38,7 @@ def output_sensitivity(
 ) -> dict[str, Tensor]:
     """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
 
-    Images are few, so the mean is drawn to its mean eigenvalue by what it varies (`SampleMoments`):
+    Images are few, so the mean is drawn to its diagonal by what it varies (`SampleMoments`):
     else errors in directions that no image asked for would cost nothing.
 
     The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
