@@ -236,15 +236,15 @@ def fold(
 
 
 Recipe = Callable[[Draw, float], nn.Module]
-RECOMMENDED = "plan_for_target + affine, every Linear"
+CLOSED = "plan_for_target + affine, every Linear"
+RECOMMENDED = f"{CLOSED}, by sensitivity, refined"
 UNIFORM = "Reconstruction + affine, every Linear"
-REFINED = f"{RECOMMENDED}, by sensitivity, refined"
 RECIPES: dict[str, Recipe] = {
-    REFINED: lambda d, kept: d.compensated(
+    RECOMMENDED: lambda d, kept: d.compensated(
         d.own_plan(kept), every_linear=True, token_weights="sensitivity", refine=PASSES
     ),
-    RECOMMENDED: lambda d, kept: d.compensated(d.own_plan(kept), every_linear=True),
-    f"{RECOMMENDED}, by sensitivity": lambda d, kept: d.compensated(
+    CLOSED: lambda d, kept: d.compensated(d.own_plan(kept), every_linear=True),
+    f"{CLOSED}, by sensitivity": lambda d, kept: d.compensated(
         d.own_plan(kept), every_linear=True, token_weights="sensitivity"
     ),
     UNIFORM: lambda d, kept: d.compensated(d.plan("Reconstruction", kept), every_linear=True),
@@ -266,5 +266,5 @@ RECIPES |= {
         refine=PASSES,
     ),
 }
-for _name in (REFINED, "EntropyTaylor", "Magnitude L2"):
+for _name in (RECOMMENDED, "EntropyTaylor", "Magnitude L2"):
     RECIPES[f"{_name}, distilled"] = lambda d, kept, n=_name: d.distilled(RECIPES[n](d, kept))

@@ -7,15 +7,15 @@ from statistics import mean, variance
 from typing import Any
 
 from matplotlib.figure import Figure
-from real_recipes import IMPORTANCES, RECOMMENDED, REFINED, UNIFORM
+from real_recipes import CLOSED, IMPORTANCES, RECOMMENDED, UNIFORM
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#56B4E9", "#777777", "#7F6000", "#BBBBBB")
 CURVES = {
-    f"{REFINED}, distilled": ("#7B3294", "^", "-"),
-    REFINED: ("#B22222", "*", "-"),
-    f"{RECOMMENDED}, by sensitivity": ("#D55E00", "v", "-"),
+    f"{RECOMMENDED}, distilled": ("#7B3294", "^", "-"),
+    f"{CLOSED}, by sensitivity": ("#B22222", "v", "-"),
     RECOMMENDED: ("#D55E00", "o", "-"),
+    CLOSED: ("#B22222", "*", "-"),
     f"{UNIFORM}, by sensitivity, refined": ("#B22222", "*", "--"),
     UNIFORM: ("#D55E00", "o", "--"),
     "CORP: magnitude + affine at once": ("#CC79A7", "D", ":"),

@@ -63,7 +63,7 @@ def test_photographs_come_once_in_an_epoch_half_of_them_mirrored():
 
 
 def test_rows_are_measured_once(tmp_path, capsys, monkeypatch):
-    chosen = [real_recipes.RECOMMENDED, "Magnitude L2", "CORP: magnitude + affine at once"]
+    chosen = [real_recipes.CLOSED, "Magnitude L2", "CORP: magnitude + affine at once"]
     output = ["--output", str(tmp_path), "--recipes"]
     real.main([*OPTIONS, *output, *chosen])
     first = json.loads((tmp_path / "real.json").read_text())
