@@ -127,6 +127,18 @@ def test_tokens_that_depend_on_others_stay_together() -> None:
     assert float(parts[0] + parts[1]) / 3 == pytest.approx(float(costs.sum()), rel=1e-5)
 
 
+def test_maps_with_channels_first_stay_whole() -> None:
+    """As many rows as there are tokens, in a map as wide as it has channels."""
+    convolution = nn.Conv2d(6, 6, 1)
+    maps = torch.randn(5, 6, 4, 6)
+    given = [Example(Inputs((maps,)), torch.randn(5 * 24, 6), None, 5)] * 2
+    run = lambda inputs: inputs.call(convolution).movedim(1, -1).flatten(0, -2)  # noqa: E731
+    found = steps_on(run, lambda errors: errors, given)
+    assert isinstance(found, Batches)
+    with torch.no_grad():
+        assert found.loss(0, 2).isfinite()
+
+
 def test_a_single_image_can_not_judge() -> None:
     example = examples()[0]
     single = Example(Inputs((example.inputs.args[0][:1],)), example.targets[:TOKENS], None, 1)
