@@ -360,8 +360,8 @@ def test_parallel_blocks_are_named_and_not_refined(caplog: pytest.LogCaptureFixt
     [
         ({"refine": 2}, "every_linear=True"),
         ({"refine": 2, "every_linear": True, "method": "mean"}, '"affine"'),
-        ({"refine": -1, "every_linear": True}, "number of passes"),
-        ({"refine": 0.5, "every_linear": True}, "number of passes"),
+        ({"refine": -1, "every_linear": True}, "refine must be an integer of at least 0"),
+        ({"refine": 0.5, "every_linear": True}, "refine must be an integer of at least 0"),
         ({"activation_checkpointing": True}, "leave activation_checkpointing out"),
     ],
 )

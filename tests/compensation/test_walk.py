@@ -279,6 +279,6 @@ def test_what_is_written_to_files_changes_no_bit(
 def test_a_bound_that_is_no_number_of_bytes_is_refused(wrong: Any) -> None:
     model = toy()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="memory_bytes must be a number of bytes or None"):
+    with pytest.raises(ValueError, match="memory_bytes must be an integer of at least 0"):
         compensated(model, KEEP, [images(9)], memory_bytes=wrong)
     assert fingerprint(model) == before

@@ -106,7 +106,7 @@ def test_a_state_of_another_run_is_not_taken(tmp_path: Path) -> None:
         ({"accumulate": 1.5}, "accumulate must be"),
         ({"learning_rate": math.nan}, "learning_rate must be"),
         ({"warmup_epochs": -1}, "warmup_epochs must be"),
-        ({"ema": 1.0}, "ema must lie"),
+        ({"ema": 1.0}, "ema must be a number between 0 and 1"),
         ({"minimum_learning_rate": 1.0}, "lies below the minimum"),
     ],
 )

@@ -58,7 +58,7 @@ def test_split_of_a_list_is_between_batches() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 2.0])
 def test_bad_share_raises(share: float) -> None:
-    with pytest.raises(ValueError, match="calibration must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="calibration must be a share between 0 and 1"):
         tp_amp.split_batches([images()], share)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mixtures import DENSE, EXPERTS, mixture
 from torch import nn
 from toys import fingerprint, images, toy
 
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.watching import called_with, calls_in_order, first_tensor, watch
+from tp_amp.running.watching import called_with, calls_in_order, first_tensor, routed_layers, watch
 
 NAME = "blocks.0.mlp.second"
 
@@ -86,3 +87,10 @@ def test_the_state_is_the_first_tensor() -> None:
     assert first_tensor([x]) is x
     assert first_tensor({"x": x}) is None
     assert first_tensor(()) is None
+
+
+def test_layers_that_a_router_feeds_are_known() -> None:
+    model, x = mixture(), images(8)
+    names = [*EXPERTS, "blocks.0.mlp.router", DENSE, "head"]
+    with torch.no_grad():
+        assert routed_layers(model, Inputs((x,)), names) == set(EXPERTS)

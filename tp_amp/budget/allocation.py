@@ -100,7 +100,7 @@ def _next(kept: Tensor, width: int) -> int | None:
 
 def width_choices(width: int, round_to: int) -> Tensor:
     """The widths to choose from: multiples, and the dense one."""
-    multiples = torch.arange(round_to, width + 1, round_to)
+    multiples = torch.arange(1, width // round_to + 1) * round_to
     return (
         multiples
         if len(multiples) and multiples[-1] == width

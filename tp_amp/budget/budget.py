@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tp_amp.budget.latency import Latency
 from tp_amp.plan.cutting import narrowed
+from tp_amp.running.arguments import is_number
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import shapes_first
 from tp_amp.structure.macs import count_macs
@@ -52,11 +53,7 @@ class Budget:
         sites: Sequence[Site],
         round_to: int = 1,
     ) -> None:
-        if len(target) != 1 or not set(target) <= set(KINDS):
-            raise ValueError(f"target must name one of {KINDS}, found {dict(target)}")
-        [(self.kind, amount)] = target.items()
-        if not (math.isfinite(amount) and amount > 0):
-            raise ValueError(f"target must be a positive number, found {dict(target)}")
+        self.kind, amount = read_target(target)
         self.target = dict(target)
         self.widths = {site.down: site.width for site in sites}
         self.latency: Latency | None = None
@@ -137,6 +134,23 @@ class Budget:
         if math.isinf(best):
             widths_at(best)  # every probe is accepted: the smallest widths, which meet it
         return best
+
+
+def read_target(target: Any) -> tuple[str, float]:
+    """The kind and the amount of a target; before anything is read.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: it names none of the kinds, or several, or its amount is no positive number.
+    """
+    if not isinstance(target, Mapping):
+        raise TypeError(f'target must be a dict such as {{"params": 0.6}}, found {target!r}')
+    if len(target) != 1 or not set(target) <= set(KINDS):
+        raise ValueError(f"target must name one of {KINDS}, found {dict(target)}")
+    [(kind, amount)] = target.items()
+    if not is_number(amount) or amount <= 0:
+        raise ValueError(f"target must be a positive number, found {dict(target)}")
+    return kind, float(amount)
 
 
 def _costs(

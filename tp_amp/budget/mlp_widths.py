@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from tp_amp.running.arguments import check_number, check_widths
 from tp_amp.structure.mlps import MLP, find_mlps
+
+logger = logging.getLogger(__name__)
 
 
 def mlp_ratio_widths(model: nn.Module, example_inputs: Any, ratio: float) -> dict[str, int]:
@@ -30,6 +35,7 @@ def mlp_ratio_widths(model: nn.Module, example_inputs: Any, ratio: float) -> dic
         >>> tp_amp.mlp_ratio_widths(model, torch.randn(1, 3, 224, 224), 0.5)
         {'blocks.0.mlp.fc2': 96}
     """
+    check_number("a number above 0", lambda value: value > 0, ratio=ratio)
     widths = {}
     for mlp in _some_mlps(model, example_inputs):
         up: Any = model.get_submodule(mlp.up[0])
@@ -77,6 +83,7 @@ def pruning_ratio_dict(
         >>> model.blocks[0].mlp.fc1.out_features
         500
     """
+    check_widths(widths)
     mlps = {mlp.down: mlp for mlp in _some_mlps(model, example_inputs)}
     ratios = {}
     for name, width in widths.items():
@@ -104,3 +111,28 @@ def _some_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
             "to see why each layer starts none"
         )
     return mlps
+
+
+def check_narrowable(mlps: Iterable[MLP], *, round_to: int = 1, min_width: int = 1) -> None:
+    """Tell which MLPs stay whole since no width that is asked for lies below theirs.
+
+    Raises:
+        ValueError: all of them do.
+    """
+    widths = {mlp.down: mlp.width for mlp in mlps}
+    least = -(-min_width // round_to) * round_to
+    if least == 1:
+        return
+    whole = [name for name, width in widths.items() if width <= least]
+    if not whole:
+        return
+    asked = {"round_to": round_to, "min_width": min_width}
+    told = " and ".join(f"{name}={value}" for name, value in asked.items() if value > 1)
+    several = ", ".join(f"{name} ({widths[name]})" for name in whole[:3])
+    text = (
+        f"with {told} the smallest width is {least}, so that {len(whole)} of {len(widths)} MLPs "
+        f"stay whole: {several}{', ...' if len(whole) > 3 else ''}"
+    )
+    if len(whole) == len(widths):
+        raise ValueError(f"{text}; nothing could be pruned, take less")
+    logger.warning(text)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tp_amp.budget.allocation import allocate, width_choices
-from tp_amp.budget.budget import Budget
+from tp_amp.budget.budget import Budget, read_target
+from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.running.arguments import check_importance, check_whole
+from tp_amp.running.checks import check_model
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.selection import Layers, selected
 
 
 def plan_for_target(
@@ -21,7 +25,8 @@ def plan_for_target(
     target: Mapping[str, float],
     *,
     round_to: int = 1,
-    ignored_layers: Iterable[nn.Module] = (),
+    ignored_layers: Layers | None = None,
+    only_layers: Layers | None = None,
 ) -> PruningPlan:
     """Plan to meet a size with the smallest loss that `importance` foresees; nothing is cut.
 
@@ -36,7 +41,9 @@ def plan_for_target(
             model, or above 1 an absolute number. The latency is that of one forward pass on the
             example inputs, in milliseconds above 1; it is measured on the model's device.
         round_to: widths are multiples of it.
-        ignored_layers: modules that stay as they are.
+        ignored_layers: what stays as it is: modules, or patterns of module paths, as
+            `"blocks.0.mlp"`, `"*.mlp"`, `"blocks.0-3"`.
+        only_layers: named in the same ways; MLPs without a layer in it stay as they are.
 
     Raises:
         ValueError: no MLP is found, the target is out of reach (its range is told), or an MLP
@@ -50,21 +57,31 @@ def plan_for_target(
         >>> plan = tp_amp.plan_for_target(model, images[0][:1], importance, {"params": 0.7})
         >>> fitted = tp_amp.compensate(model, plan, images)
     """
+    read_target(target)
+    check_whole(round_to=round_to)
+    check_importance(importance)
+    if not isinstance(importance, ReconstructionImportance):
+        raise TypeError(
+            "plan_for_target needs the foreseen errors of a ReconstructionImportance, found "
+            f"{type(importance).__name__}; AdaptiveMLPPruner(target=...) meets a size with any"
+        )
+    check_model(model, values=True)
     structure = ModelStructure(model, example_inputs)
-    ignored = {module for layer in ignored_layers for module in layer.modules()}
-    sites: list[Site] = [
-        mlp
-        for mlp in structure.mlps
-        if not ignored & {model.get_submodule(name) for name in (*mlp.up, mlp.down)}
-    ]
-    if not sites:
-        raise ValueError(f"no MLP to prune was found in {type(model).__name__}")
+    if not structure.mlps:
+        raise ValueError(
+            f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer why"
+        )
+    mlps = selected(model, structure.mlps, ignored_layers, only_layers)
+    check_narrowable(mlps, round_to=round_to)
+    sites: list[Site] = [*mlps]
     fused = [site.down for site in sites if site.first]
     if fused:
         raise ValueError(
             f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "
             "add them to ignored_layers, or use plan_from_importance or AdaptiveMLPPruner"
         )
+    budget = Budget(target, structure, sites, round_to)
+    budget.check({site.down: int(width_choices(site.width, round_to)[0]) for site in sites})
     layers = [
         site.down
         for site in sites
@@ -77,8 +94,6 @@ def plan_for_target(
                 "importance.collect(model, batches, layers=...) or pass data="
             )
         importance.collect(model, importance.data, layers=layers, progress=False)
-    budget = Budget(target, structure, sites, round_to)
-    budget.check({site.down: int(width_choices(site.width, round_to)[0]) for site in sites})
     errors = {site.down: importance.errors[site.down] for site in sites}
     costs = {site.down: budget.costs(site.down) for site in sites}
     spent = budget.cost(dict.fromkeys(costs, 0))

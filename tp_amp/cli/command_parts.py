@@ -19,7 +19,7 @@ from tp_amp.data.sources import load
 from tp_amp.evaluation.fidelity import class_count
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import save_pruned
-from tp_amp.running.checks import check_finite
+from tp_amp.running.checks import check_values
 from tp_amp.running.inputs import example
 from tp_amp.structure.macs import macs_of
 
@@ -45,7 +45,7 @@ def load_model(options: Namespace) -> Loaded:
         pretrained=options.pretrained,
         weights=options.weights,
     )
-    check_finite(loaded.model)
+    check_values(loaded.model)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     loaded.model.to(device, dtype).eval()
     return loaded

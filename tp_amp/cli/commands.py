@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +38,6 @@ from tp_amp.running.restoring import seeded
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 
-logger = logging.getLogger(__name__)
-
 
 def run(options: Namespace) -> Answer:
     """Run the command that was parsed, with everything random seeded."""
@@ -58,13 +55,7 @@ def run(options: Namespace) -> Answer:
 def inspect(options: Namespace) -> Answer:
     """Tell what can be cut."""
     loaded = load_model(options)
-    told = logging.getLogger("tp_amp.evaluation.inspection")
-    level = told.level
-    told.setLevel(logging.ERROR)  # its warnings stand in the answer
-    try:
-        found = tp_amp.inspect(loaded.model, loaded.blank())
-    finally:
-        told.setLevel(level)
+    found = tp_amp.inspect(loaded.model, loaded.blank())
     return Answer(str(found), {"spec": options.model, **asdict(found)})
 
 

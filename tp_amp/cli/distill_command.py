@@ -30,7 +30,7 @@ from tp_amp.data.sources import load, load_teacher
 from tp_amp.evaluation.fidelity import default_metric
 from tp_amp.plan.saving import PLAN, SOURCE
 from tp_amp.running.checkpoint import Checkpoint, model_digest
-from tp_amp.running.checks import check_finite
+from tp_amp.running.checks import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _models(
     )
     dtype = getattr(torch, options.dtype) if options.dtype else loaded.blank().dtype
     for model in (loaded.model, teacher):
-        check_finite(model)
+        check_values(model)
         model.to(device, dtype).eval()
     return loaded, teacher
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from tp_amp.algebra.closed_form import RIDGE, Correction, Method
 from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.error_objective import ErrorObjective
-from tp_amp.plan.applying import planned_sites
+from tp_amp.plan.applying import knows_sites, planned_sites
 from tp_amp.plan.cutting import cut_all, undone_after_errors
-from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.plan.pruning_plan import PruningPlan, check_plan
+from tp_amp.running.arguments import check_whole
 from tp_amp.running.batches import check_batches
+from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import one_image, prepare
 from tp_amp.structure.model_structure import ModelStructure
 
@@ -106,15 +109,20 @@ def compensate(
         activation_checkpointing,
         objective,
     )
-    if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 0):
-        raise ValueError(f"memory_bytes must be a number of bytes or None, found {memory_bytes!r}")
+    if memory_bytes is not None:
+        check_whole(0, memory_bytes=memory_bytes)
+    check_plan(plan)
+    check_model(model, values=True)
     check_batches(batches)
-    batches = list(batches)
-    if not batches:
+    if knows_sites(plan):  # a plan of another model is refused before an image is read
+        planned_sites(ModelStructure(model, ()), plan)
+    unread = iter(batches)
+    opening = list(islice(unread, 1))
+    if not opening:
         raise ValueError("there are no batches to fit the compensation on")
-    example = one_image(prepare(batches[0], model))
-    structure = ModelStructure(model, example.raw())
+    structure = ModelStructure(model, one_image(prepare(opening[0], model)).raw())
     sites = planned_sites(structure, plan)
+    batches = [*opening, *unread]
     fitted = fit(
         structure,
         list(sites.values()),

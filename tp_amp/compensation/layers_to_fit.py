@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.plan.cutting import site_group
-from tp_amp.running.inputs import Inputs
-from tp_amp.running.watching import calls_in_order
+from tp_amp.running.checks import remade
+from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.watching import calls_in_order, routed_layers
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
 
@@ -43,16 +44,30 @@ class Layer:
 
 def layers_to_fit(
     graph: Any,
-    few: Inputs,
+    batch: Inputs,
     sites: Sequence[Site],
     keep: Mapping[str, Sequence[int]],
     recipe: Recipe,
 ) -> list[Layer]:
-    """The layers to fit, in the order of the forward pass."""
+    """The layers to fit, in the order of the forward pass; those a router feeds are left out."""
     model: nn.Module = graph.model
     cut = {site.down: site for site in sites}
-    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear and n not in cut]
-    called = calls_in_order(model, few, [*cut, *(linears if recipe.every_linear else [])])
+    linears = [n for n, m in model.named_modules() if _is_plain(m) and n not in cut]
+    names = [*cut, *(linears if recipe.every_linear else [])]
+    routed = routed_layers(model, batch, names)
+    if found := [name for name in cut if name in routed]:
+        logger.warning(
+            "%d layers are cut and not corrected (%s): a router sends them other tokens once "
+            "layers are cut; ignored_layers leaves them whole, and distill teaches them back",
+            len(found),
+            ", ".join(found[:3]) + (", ..." if len(found) > 3 else ""),
+        )
+    cut = {name: site for name, site in cut.items() if name not in routed}
+    if not cut:
+        return []
+    called = calls_in_order(
+        model, one_image(batch, 2), [name for name in names if name not in routed]
+    )
     counts = {name: called.count(name) for name in called}
     if any(counts.get(name, 0) != 1 for name in cut):
         raise ValueError(
@@ -79,3 +94,8 @@ def layers_to_fit(
         kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
         layers.append(Layer(name, cut.get(name), kept if name in dropped else None))
     return layers
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a Linear whose weight can be replaced."""
+    return type(module) is nn.Linear and remade(module) is None

@@ -16,6 +16,7 @@ from tp_amp.algebra.moments import Halves
 from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
+from tp_amp.running.arguments import check_flags, check_number, check_whole
 from tp_amp.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -69,15 +70,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"compensation must be one of {METHODS}, found {self.method!r}")
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge must be zero or more, found {self.ridge}")
+        check_number("zero or more", lambda value: value >= 0, ridge=self.ridge)
+        check_flags(
+            add_bias=self.add_bias,
+            every_linear=self.every_linear,
+            activation_checkpointing=self.activation_checkpointing,
+        )
         weights = self.token_weights
         if weights is not None and weights != "sensitivity" and not callable(weights):
             raise ValueError(
                 f'token_weights must be "sensitivity", a callable or None, found {weights!r}'
             )
-        if not isinstance(self.refine, int) or self.refine < 0:
-            raise ValueError(f"refine must be a number of passes, found {self.refine!r}")
+        check_whole(0, refine=self.refine)
         error_objective(self.objective)
         if self.refine and not (self.every_linear and self.method == "affine"):
             raise ValueError(

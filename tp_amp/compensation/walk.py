@@ -83,7 +83,11 @@ def fit(
             chain = [Step("")]
             if len(sizes) == 1:
                 chain = structure.chain(few, [site.name for site in sites])
-            layers = layers_to_fit(graph, few, sites, keep, recipe)
+            layers = layers_to_fit(graph, inputs[0], sites, keep, recipe)
+        if not layers:
+            return {}
+        fitted = {layer.name for layer in layers}
+        others = [site for site in sites if site.down not in fitted]
         objective = read_objective(recipe, model, inputs)
         places = place_weights(recipe, model, [x.name for x in layers], inputs, objective)
         costs: dict[str, Tensor | None] = {}
@@ -91,7 +95,7 @@ def fit(
             again = recipe.activation_checkpointing
             costs = sensitivities(model, layers, inputs, objective, activation_checkpointing=again)
         with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
-            walk = _Walk(graph, layers, keep, recipe, inputs, chain, places, costs, shelf)
+            walk = _Walk(graph, layers, others, keep, recipe, inputs, chain, places, costs, shelf)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     tell_few(walk.few)
@@ -105,6 +109,7 @@ class _Walk:
         self,
         graph: Any,
         layers: list[Layer],
+        others: Sequence[Site],
         keep: Mapping[str, Sequence[int]],
         recipe: Recipe,
         inputs: list[Inputs],
@@ -114,6 +119,7 @@ class _Walk:
         shelf: Shelf,
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
+        self.others = others  # cut and not fitted
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
         self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
@@ -248,6 +254,8 @@ class _Walk:
     def _cut(self, layers: list[Layer]) -> Iterator[None]:
         """The model with some layers cut, and corrected where they have been fitted."""
         with ExitStack() as stack:
+            for site in self.others:
+                stack.enter_context(narrowed(self.graph, site, self.keep[site.down]))
             for layer in layers:
                 if layer.site is not None:
                     stack.enter_context(narrowed(self.graph, layer.site, self.keep[layer.name]))

@@ -17,6 +17,7 @@ from tp_amp.distillation.state import Settings
 from tp_amp.distillation.trainable import adapted, checkpointed, cut_modules, held, used_parameters
 from tp_amp.importance.objectives import image_tower
 from tp_amp.running.batches import check_batches
+from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import prepare
 from tp_amp.running.restoring import evaluating, seeded
 
@@ -105,7 +106,7 @@ def distill(
         >>> student = tp_amp.distill(student, teacher, [images], epochs=1)
     """
     settings = Settings(
-        weights=dict(weights or {"cls": 1.0, "tokens": 1.0}),
+        weights={"cls": 1.0, "tokens": 1.0} if weights is None else weights,
         train=train,
         epochs=epochs,
         learning_rate=learning_rate,
@@ -119,6 +120,8 @@ def distill(
         temperature=temperature,
         seed=seed,
     )
+    for model in (student, teacher):
+        check_model(model, values=True)
     _check_data(batches)
     accelerator = _accelerator(accelerator, folder is not None)
     pair = [image_tower(model) for model in (student, teacher)]

@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tp_amp.distillation.features import TERMS
+from tp_amp.running.arguments import check_flags, check_number, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,35 +45,41 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping):
+            raise TypeError(f"weights must be a dict of terms and numbers, found {self.weights!r}")
         if not self.weights or not set(self.weights) <= set(TERMS):
             raise ValueError(f"weights must name some of {TERMS}, found {list(self.weights)}")
-        if not all(0 < weight < math.inf for weight in self.weights.values()):
-            raise ValueError(f"weights must be positive, found {dict(self.weights)}")
+        for weight in self.weights.values():
+            check_number("positive", _positive, weights=weight)
+        if self.train not in ("all", "cut", "lora"):
+            raise ValueError(f"train must be 'all', 'cut' or 'lora', found {self.train!r}")
+        check_whole(epochs=self.epochs, accumulate=self.accumulate, rank=self.rank)
+        rates = {name: getattr(self, name) for name in ("learning_rate", "temperature")}
+        check_number("positive", _positive, **rates)
+        others = {n: getattr(self, n) for n in ("minimum_learning_rate", "warmup_epochs")}
+        check_number("zero or more", lambda value: value >= 0, **others)
+        check_flags(checkpointing=self.checkpointing)
+        if self.ema is not None:
+            check_number("a number between 0 and 1", lambda value: 0 < value < 1, ema=self.ema)
+        if not isinstance(self.weight_decay, Sequence) or len(self.weight_decay) != 2:
+            raise TypeError(f"weight_decay must be two numbers, found {self.weight_decay!r}")
+        for decay in self.weight_decay:
+            check_number("zero or more", lambda value: value >= 0, weight_decay=decay)
         if self.warmup_epochs >= self.epochs:
             logger.warning(
                 "all %d epochs are warm-up; lower warmup_epochs, %s",
                 self.epochs,
                 self.warmup_epochs,
             )
-        if self.train not in ("all", "cut", "lora"):
-            raise ValueError(f"train must be 'all', 'cut' or 'lora', found {self.train!r}")
-        for name in ("epochs", "accumulate", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, found {value!r}")
-        for name in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("minimum_learning_rate", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be zero or more, found {getattr(self, name)}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must lie between 0 and 1, found {self.ema}")
 
     def record(self, **others: int) -> dict[str, Any]:
         """As JSON, with what else decides the result."""
         given: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return given | others
+
+
+def _positive(value: float) -> bool:
+    return value > 0
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, minimum: float) -> float:

@@ -12,12 +12,15 @@ from torch import nn
 
 from tp_amp.algebra.closed_form import Method
 from tp_amp.compensation.cut_and_compensate import compensate
+from tp_amp.compensation.recipe import Recipe
 from tp_amp.evaluation.fidelity import Metric, default_metric
 from tp_amp.importance.readiness import make_ready
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.ranking import rank_channels
 from tp_amp.reports.comparison import Comparison, Row
+from tp_amp.running.arguments import check_importance, check_number
 from tp_amp.running.batches import bar, check_batches, split_batches
+from tp_amp.running.checks import check_model
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.structure.graph import untraced_graph
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -79,12 +82,19 @@ def compare(
         [('EntropyTaylorImportance', 0.5), ('LAMPImportance', 0.5)]
     """
     named = _named(importances)
+    if not isinstance(fractions, Iterable):
+        raise TypeError(f"fractions must be a list of numbers, found {fractions!r}")
     for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fractions must be above 0, 1 at most, found {fraction}")
+        check_number("above 0, 1 at most", lambda value: 0 < value <= 1, fractions=fraction)
     if not named or not fractions:
         raise ValueError("nothing to compare: pass at least one importance and one fraction")
+    if metric is not None and not callable(metric):
+        raise TypeError(f"metric must take a model and give a number, found {metric!r}")
+    Recipe(compensation)
+    check_model(model, values=True)
     check_batches(data)
+    if evaluation is not None:
+        check_batches(evaluation)
     structure = ModelStructure(model, example_inputs)
     if not structure.mlps:
         raise ValueError(
@@ -130,6 +140,11 @@ def compare(
 
 
 def _named(importances: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(importances, (Mapping, Sequence)):
+        found = type(importances).__name__
+        raise TypeError(f"importances must be a list, or a dict by name, found one {found}")
+    for importance in importances.values() if isinstance(importances, Mapping) else importances:
+        check_importance(importance)
     if isinstance(importances, Mapping):
         return dict(importances)
     names = [type(importance).__name__ for importance in importances]

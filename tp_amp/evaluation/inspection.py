@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +16,6 @@ from tp_amp.structure.macs import macs_of
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.residual import outside_blocks
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Inspection:
         mlps: the MLPs that can be pruned, in the order of the forward pass.
         attentions: the attentions that can lose heads.
         kept_attentions: module path of each other attention -> why it keeps its heads.
-        kept_layers: module path of each Linear that belongs to no group -> why.
+        kept_layers: module path of each Linear that belongs to no group, and of each module that
+            holds experts in tensors of three dimensions -> why.
         outside_blocks: `down` of each MLP whose output is not added to what it reads: hidden layers
             of heads (boxes, masks), of embeddings and of projections.
         shares: `"total"`, and what of it is in `"MLPs"`, `"attention"` and `"rest"`.
@@ -78,13 +77,15 @@ class Inspection:
             lines += _section(title, [(site.name, _describe(site)) for site in found])
         lines += _section(
             "of the MLPs not in a residual block, but of a head, an embedding or a projection",
-            [
-                (down, f"ignored_layers=[model.get_submodule({down!r})] leaves it out")
-                for down in self.outside_blocks
-            ],
+            [(down, f"ignored_layers=[{down!r}] leaves it out") for down in self.outside_blocks],
         )
         lines += _section("attentions that keep all heads", self.kept_attentions.items())
-        lines += _section("Linears in no group, which stay whole", self.kept_layers.items())
+        others = [  # an attention's own layers were told with it
+            (name, reason)
+            for name, reason in self.kept_layers.items()
+            if name.rpartition(".")[0] not in self.kept_attentions
+        ]
+        lines += _section("Linears in no group, which stay whole", others)
         return "\n".join(lines)
 
 
@@ -96,8 +97,6 @@ def inspect(
     num_heads: Mapping[nn.Module, int] | None = None,
 ) -> Inspection:
     """Tell what of a model will be pruned, what will not and why; the model is left as it was.
-
-    Each Linear that belongs to no group is also logged as a warning.
 
     Args:
         model: any module that Torch-Pruning can trace.
@@ -129,12 +128,16 @@ def inspect(
     sites: list[Site] = [*mlps, *attentions]
     in_group = {name for site in sites for name in (*site.up, site.down)}
     kept_layers = {
-        name: structure.reasons.get(module, "it is not called as a module")
+        name: structure.reasons.get(module, "it is not called as a module on the example inputs")
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in in_group
     }
-    for name, reason in kept_layers.items():
-        logger.warning("%s belongs to no group and stays whole: %s", name, reason)
+    for name, module in model.named_modules():
+        if experts := _experts(module):
+            kept_layers[name] = (
+                f"it holds the weights of {experts} experts in tensors of three dimensions, of "
+                "which no layer is made; experts of Linears of their own can be cut"
+            )
     holders = [attention.name for attention in attentions] + list(kept_attentions)
     macs = macs_of(model, structure.inputs, forward_fn)
     shares = _shares(model, macs, mlps, holders)
@@ -147,6 +150,19 @@ def inspect(
         shares,
         outside_blocks(model, mlps, structure.traced),
     )
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts a module holds, the hidden width of which two of its tensors share; or 0."""
+    own = module.named_parameters(recurse=False)
+    shapes = [tuple(p.shape) for _, p in own if p.dim() == 3 and min(p.shape) > 1]
+    for first, second in itertools.combinations(shapes, 2):
+        # A gated up has gate and value side by side.
+        widths = {*first[1:], *(size / 2 for size in first[1:])}
+        halves = {*second[1:], *(size / 2 for size in second[1:])}
+        if first[0] == second[0] and widths & halves:
+            return first[0]
+    return 0
 
 
 def _shares(

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
 from tp_amp.reports.numbers import Measurement
+from tp_amp.running.arguments import check_whole
 from tp_amp.running.batches import check_batches, stream
+from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.running.timing import seconds
@@ -97,8 +99,9 @@ def measure_both(
 def _measure(
     models: Sequence[nn.Module], batches: Iterable[Any], repeats: int, progress: bool
 ) -> list[Measurement]:
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
+    check_whole(repeats=repeats)
+    for model in models:
+        check_model(model)
     check_batches(batches)
     weight = _like(models)
     with ExitStack() as stack:

@@ -11,10 +11,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from tp_amp.running.arguments import check_number
+from tp_amp.running.checks import check_model
 from tp_amp.structure.attention.blocks import auxiliary, find_attention_blocks, heads
 from tp_amp.structure.groups import GroupLayer, channel_weights, root_name, sum_channels
 
 logger = logging.getLogger(__name__)
+
+_SHARE = "a share from 0 up to below 1"
 
 
 class DIMAPImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -80,6 +84,10 @@ def _distortion(ranked: Tensor) -> Tensor:
     return scores
 
 
+def _is_share(value: float) -> bool:
+    return 0 <= value < 1
+
+
 def _wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -123,8 +131,8 @@ def dimap_scopes(model: nn.Module, attention: float, mlp: float) -> dict[str, An
         [(12, 0.3), (12, 0.5)]
     """
     for name, share in {"attention": attention, "mlp": mlp}.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} must be a share from 0 up to below 1, found {share}")
+        check_number(_SHARE, _is_share, **{name: share})
+    check_model(model)
     blocks = find_attention_blocks(model)
     module = model.get_submodule
     qkv = {module(name): heads(model, b) for b in blocks for name in b.qkv}
@@ -169,8 +177,8 @@ def dimap_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         >>> {name: f"{mask.float().mean():.2f}" for name, mask in masks.items() if "attn" in name}
         {'blocks.0.attn.qkv': '0.75', 'blocks.0.attn.proj': '0.75'}
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a share from 0 up to below 1, found {sparsity}")
+    check_number(_SHARE, _is_share, sparsity=sparsity)
+    check_model(model, values=True)
     blocks = find_attention_blocks(model)
     modules = (
         [name for block in blocks for name in block.qkv],

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.recomputing import recomputed
 from tp_amp.importance.recording import Recorder
+from tp_amp.running.arguments import check_flags
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
-from tp_amp.running.checks import check_finite
+from tp_amp.running.checks import check_model
 from tp_amp.running.distributed import check_same_weights, in_turns, together, warn_of_same_images
 from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.running.inputs import Inputs
@@ -84,6 +85,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         super().__init__(group_reduction="sum", normalizer=normalizer)
         self.objective = Objective(objective, temperature)
         self._resolved = self.objective
+        check_flags(activation_checkpointing=activation_checkpointing)
         if data is not None:
             check_batches(data)
         self.data = data
@@ -148,7 +150,7 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
         progress: bool,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        check_finite(model)
+        check_model(model, values=True)
         check_same_weights(model)
         recorder = Recorder(model, layers)
         objective = self.objective

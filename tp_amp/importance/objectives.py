@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tp_amp.running.arguments import check_number
 from tp_amp.running.batches import stream
 from tp_amp.running.distributed import Turn, active, add_up, agree, gather_rows, in_turns, together
 from tp_amp.running.inputs import Inputs
@@ -90,8 +91,7 @@ class Objective:
                 f"objective must be 'auto', 'prediction', 'similarity' or a callable, "
                 f"found {kind!r}"
             )
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, found {temperature}")
+        check_number("positive", lambda value: value > 0, temperature=temperature)
         self.kind = kind
         self.temperature = temperature
 

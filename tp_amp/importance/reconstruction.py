@@ -17,8 +17,9 @@ from tp_amp.importance.error_objective import ErrorObjective, error_objective, r
 from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import output_sensitivity
+from tp_amp.running.arguments import check_flags, check_names
 from tp_amp.running.batches import check_batches
-from tp_amp.running.checks import check_finite
+from tp_amp.running.checks import check_model
 from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.structure.groups import group_layers
 
@@ -112,6 +113,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         *,
         activation_checkpointing: bool = False,
     ) -> None:
+        check_flags(activation_checkpointing=activation_checkpointing)
         if data is not None:
             check_batches(data, repeatable=True)
         self.objective = error_objective(objective, temperature)
@@ -145,7 +147,10 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
                 the model has no blocks one after another for `activation_checkpointing`.
             TypeError: `batches` can't be iterated, or not again where that is needed.
         """
-        check_finite(model)
+        check_model(model, values=True)
+        check_batches(batches)
+        if layers is not None:
+            check_names(layers)
         named = dict(model.named_modules())
         chosen = layers is None
         if layers is None:

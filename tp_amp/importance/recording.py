@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.importance.objectives import Objective
+from tp_amp.running.arguments import check_names
 from tp_amp.running.checkpoint import Checkpoint
 from tp_amp.running.distributed import Turn, add_up_named, is_first
 from tp_amp.running.restoring import hooks
@@ -25,6 +26,8 @@ class Recorder:
         # Transposed and depthwise convolutions included: TP couples their input channels too.
         types = (nn.Linear, nn.modules.conv._ConvNd)
         found = {name: m for name, m in model.named_modules() if isinstance(m, types)}
+        if layers is not None:
+            check_names(layers)
         unknown = set(layers or ()) - set(found)
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no Linears or convolutions of the model")

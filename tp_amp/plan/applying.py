@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -85,6 +86,10 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
     Raises:
         ValueError: as `apply_plan`.
     """
+    for down, kept in plan.keep.items():
+        whole = isinstance(kept, Sequence) and all(isinstance(i, Integral) for i in kept)
+        if not whole or isinstance(kept, str):
+            raise TypeError(f"the plan must keep a list of whole numbers of {down}, found {kept!r}")
     known = knows_sites(plan)
     sites = plan.sites if known else structure.sites(plan.keep)
     for down, kept in plan.keep.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from tp_amp.running.checks import remade
 from tp_amp.structure.attention.adapting import FORWARDS
 from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.groups import State, give_back, held_by
@@ -39,6 +40,9 @@ def check_fits(model: nn.Module, site: Site) -> None:
         raise ValueError(f"{type(model).__name__} has no layer {missing[0]}; {other}")
     if len(set(names)) < len(names):
         raise ValueError(f"{site.down} is cut with {names[1:]}, a layer of them twice; {other}")
+    for name in names:
+        if reason := remade(layers[name]):
+            raise ValueError(f"{name} can't be cut: {reason}")
     found = _size(layers[site.down], "weight", 1)
     expected = site.width * site.unit_width + site.first
     if found != expected:

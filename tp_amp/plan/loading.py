@@ -16,6 +16,7 @@ from tp_amp.plan.applying import planned_sites
 from tp_amp.plan.cutting import cut_all, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import PLAN, SOURCE, WEIGHTS, check_knows_sites
+from tp_amp.running.checks import check_model
 from tp_amp.structure.model_structure import ModelStructure
 
 
@@ -40,6 +41,12 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
 
         >>> from tp_amp import load_pruned
     """
+    check_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, where no weights can be loaded into; give it room "
+            'by model.to_empty(device="cpu")'
+        )
     folder = Path(folder)
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():

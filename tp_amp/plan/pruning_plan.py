@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tp_amp.plan.json_records import (
     from_record,
@@ -143,3 +145,10 @@ class PruningPlan:
 
 def _alike(measured: Measurement) -> str:
     return f"{measured.conditions}, {measured.labelled_images} labelled images"
+
+
+def check_plan(plan: Any) -> None:
+    """Raise TypeError for what is no plan."""
+    if not isinstance(plan, PruningPlan):
+        remedy = "; make one of it: tp_amp.PruningPlan(...)" if isinstance(plan, Mapping) else ""
+        raise TypeError(f"the plan must be a PruningPlan, found a {type(plan).__name__}{remedy}")

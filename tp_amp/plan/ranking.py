@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tp_amp.plan.cutting import site_group
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.running.arguments import check_importance, check_number, check_widths
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 
@@ -43,14 +44,18 @@ def plan_from_importance(
         >>> plan.widths
         {'blocks.0.mlp.fc2': 384}
     """
+    check_importance(importance)
+    if isinstance(widths, Mapping):
+        check_widths(widths)
+    else:
+        fraction = "a fraction above 0, 1 at most, or a dict of widths"
+        check_number(fraction, lambda value: 0 < value <= 1, widths=widths)
     structure = ModelStructure(model, example_inputs, num_heads=num_heads)
     sites = structure.sites(widths if isinstance(widths, dict) else ())
     if not sites:
         raise ValueError(f"no MLP was found in {type(model).__name__}")
     dense = {name: site.width for name, site in sites.items()}
     if not isinstance(widths, dict):
-        if not 0 < widths <= 1:
-            raise ValueError(f"widths must be a fraction above 0, 1 at most, found {widths}")
         widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
     for name, width in widths.items():
         if not 0 < width <= dense[name]:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.plan.pruning_plan import PruningPlan, check_plan
 from tp_amp.running.atomic_files import write_atomically
+from tp_amp.running.checks import check_model
 from tp_amp.version import __version__
 
 WEIGHTS, PLAN, SOURCE = "model.safetensors", "plan.json", "source.json"
@@ -61,10 +62,15 @@ def save_pruned(
         >>> torch.equal(again.eval()(images), model.eval()(images))
         True
     """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder")
     if library not in (None, *_LIBRARIES):
         raise ValueError(f"library must be one of {_LIBRARIES}, found {library!r}")
     if library is not None and not name:
         raise ValueError(f"to build the model again, {library} needs its name")
+    check_model(model)
+    check_plan(plan)
     check_knows_sites(plan)
     for down, kept in plan.keep.items():
         site = plan.sites[down]
@@ -84,7 +90,6 @@ def save_pruned(
         "dtype": _dtype(model),
         "versions": {"tp_amp": __version__, "torch": torch.__version__},
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / SOURCE, lambda path: path.write_text(json.dumps(source, indent=2) + "\n")

@@ -1,15 +1,16 @@
 """How is a model run, and given back as it was?
 
-`checks` refuses models that can't be worked on, `fingerprints` knows tensors again, `inputs`
-turns what a loader yields into arguments of the model, `batches` reads a loader, `restoring`
-holds the context managers that give flags, hooks, attributes and random state back, and
-`watching` reads what single layers are called with. `distributed` lets several processes act as
-one, `checkpoint` and `atomic_files` keep what a long run has done, `shelf` holds what it needs
-between its steps, and `timing` tells what it will take.
+`checks` refuses models that can't be worked on and `arguments` values that no option takes.
+`inputs` turns what a loader yields into arguments of the model, `batches` reads a loader,
+`fingerprints` knows tensors again, `restoring` holds the context managers that give flags, hooks,
+attributes and random state back, and `watching` reads what single layers are called with.
+`distributed` lets several processes act as one, `checkpoint` and `atomic_files` keep what a long
+run has done, `shelf` holds what it needs between its steps, and `timing` tells what it will take.
 """
 
 # What other folders import; every other module here is private to the folder.
 __all__ = [
+    "arguments",
     "atomic_files",
     "batches",
     "checkpoint",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from tp_amp.running.arguments import check_number
 from tp_amp.running.distributed import is_first
 from tp_amp.running.inputs import Inputs, prepare
 
@@ -85,8 +86,8 @@ def split_batches(
         (2, 2)
     """
     check_batches(batches)
-    if not 0 < calibration < 1:
-        raise ValueError(f"calibration must lie between 0 and 1, found {calibration}")
+    between = "a share between 0 and 1"
+    check_number(between, lambda value: 0 < value < 1, calibration=calibration)
     if isinstance(batches, DataLoader) and isinstance(batches.dataset, Sized):
         count = len(batches.dataset)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,8 +48,36 @@ class Inputs:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
             raise ValueError(
                 f"the model failed on inputs of shape {shapes}: {error}; "
-                "check that images have the size and channels the model was built for"
+                f"{_remedy(function, self, error)}"
             ) from error
+
+
+def _remedy(function: Any, inputs: Inputs, error: Exception) -> str:
+    """What to do about inputs that a model fails on, by what they look like."""
+    if isinstance(error, TypeError) and "argument" in str(error):
+        given = f"the keys {list(inputs.kwargs)}" if inputs.kwargs else f"{len(inputs.args)} inputs"
+        try:
+            takes = str(signature(getattr(function, "forward", function)))
+        except (TypeError, ValueError):
+            takes = "others"
+        return f"its forward takes {takes}, found {given}; labels are none of them"
+    images = next(iter(inputs.tensors()), None)
+    if images is None:
+        return "pass images"
+    dtype = str(images.dtype).removeprefix("torch.")
+    if images.dim() == 4 and images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+        return "the images have their channels last; pass images.permute(0, 3, 1, 2)"
+    if images.dim() > 2 and not images.is_floating_point():
+        return f"the images are {dtype}; pass images.float() / 255, normalised as the model needs"
+    if images.dim() == 3 and images.shape[0] in (1, 3, 4):
+        return "an image stands without a batch; pass images[None]"
+    weights = function.parameters() if isinstance(function, nn.Module) else ()
+    like = next((p for p in weights if p.is_floating_point()), None)
+    if like is not None and images.is_floating_point() and images.dtype != like.dtype:
+        return f"the inputs are {dtype}; pass inputs.to(torch.{str(like.dtype)[6:]})"
+    if like is not None and images.device != like.device:
+        return f'the inputs lie on {images.device}; pass inputs.to("{like.device}")'
+    return "check that images have the size and channels the model was built for"
 
 
 def runner(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -116,20 +145,31 @@ def _autograd_ready(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def one_image(batch: Inputs, count: int = 1) -> Inputs:
-    """The first image of a batch, or the first few."""
+def one_image(batch: Inputs, count: int = 1, first: int = 0) -> Inputs:
+    """The first image of a batch, or a few from another one on."""
 
     def few(value: Any) -> Any:
         whole = isinstance(value, Tensor) and len(value) == batch.images
-        return value[:count] if whole else value
+        return value[first : first + count] if whole else value
 
     return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
 
 
 def example(inputs: Any) -> Inputs:
-    """Read example inputs as Torch-Pruning does: a tensor, a sequence, or keyword arguments."""
+    """Read example inputs as Torch-Pruning does: a tensor, a sequence, or keyword arguments.
+
+    Raises:
+        TypeError: they are none of these.
+    """
     if isinstance(inputs, Mapping):
         return Inputs(kwargs={key: _autograd_ready(value) for key, value in inputs.items()})
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
+    if not isinstance(inputs, (tuple, list)):
+        many = hasattr(inputs, "__iter__") and not isinstance(inputs, str)
+        how = "; pass one batch of images" if many else ""
+        raise TypeError(
+            "example inputs must be a tensor of images, a tuple of arguments or a dict of keyword "
+            f"arguments, found a {type(inputs).__name__}{how}"
+        )
     return Inputs(args=tuple(_autograd_ready(value) for value in inputs))

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import Stop, hooks
+
+_JUDGED = 8  # images that tell whether a layer reads the same number of tokens of each
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,29 @@ def calls_in_order(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> li
     ):
         inputs.call(model)
     return called
+
+
+def routed_layers(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> set[str]:
+    """Those of some layers that a router sends some of the tokens to, as in mixtures of experts.
+
+    Of several images of one size they read now more rows, now fewer. So they do once layers before
+    them are cut, and what they give can't be compared token by token with the dense model.
+    """
+    counts: list[dict[str, int]] = []
+
+    def count(name: str) -> Any:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].numel() // max(1, args[0].shape[-1])
+            counts[-1][name] = counts[-1].get(name, 0) + rows
+
+        return add
+
+    with hooks(model.get_submodule(n).register_forward_pre_hook(count(n)) for n in names):
+        for place in range(min(_JUDGED, inputs.images)):
+            counts.append({})
+            one_image(inputs, 1, place).call(model)
+    read = {name: {found.get(name, 0) for found in counts} for name in names}
+    return {name for name, rows in read.items() if len(rows) > 1 or 0 in rows}
 
 
 def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch_pruning import dependency
 
 from tp_amp.algebra.closed_form import Correction, Method
-from tp_amp.budget.budget import Budget
+from tp_amp.budget.budget import Budget, read_target
+from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.compensation.recipe import Recipe, apply
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
@@ -27,13 +28,14 @@ from tp_amp.plan.cutting import cut
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.ranking import rank_channels
 from tp_amp.reports.numbers import Probe
+from tp_amp.running.arguments import check_flags, check_importance, check_whole
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
-from tp_amp.running.checks import check_finite
+from tp_amp.running.checks import check_model
 from tp_amp.running.distributed import check_same_weights, together
 from tp_amp.running.inputs import example
 from tp_amp.running.timing import Estimate
-from tp_amp.search.argument_checks import check_data, check_numbers, without_ignored
+from tp_amp.search.argument_checks import check_data, check_numbers
 from tp_amp.search.bisection import accepted, most_probes
 from tp_amp.search.compensated_probes import Compensator
 from tp_amp.search.prefix_cache import Prefix
@@ -45,6 +47,7 @@ from tp_amp.structure.graph import TolerantGraph
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
+from tp_amp.structure.selection import Layers, matched, selected
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         min_width: smallest width of an MLP.
         max_pruning_ratio: largest fraction of the channels or heads that an MLP or attention may
             lose.
-        ignored_layers: modules that are not pruned, nor the MLPs they hold a layer of.
+        ignored_layers: what is not pruned, nor the MLPs and attentions that hold a layer of it:
+            modules, or patterns of module paths, as `"blocks.0.mlp"`, `"*.attn"`, `"blocks.0-3"`.
+        only_layers: named in the same ways; MLPs and attentions without a layer in it stay whole.
         cache_bytes: how much of what the blocks before the one at hand give may be kept in host
             memory, pinned for a model on CUDA. Probes then run only the rest of the model, with the
             same result; what does not fit is computed again on the way. 0 runs the whole model for
@@ -172,7 +177,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         round_to: int = 1,
         min_width: int = 1,
         max_pruning_ratio: float = 1.0,
-        ignored_layers: list[nn.Module] | None = None,
+        ignored_layers: Layers | None = None,
+        only_layers: Layers | None = None,
         cache_bytes: int = 2**30,
         error_probability: float | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -182,6 +188,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         unwrapped_parameters: list[Any] | None = None,
         customized_pruners: dict[Any, Any] | None = None,
     ) -> None:
+        if target is not None:
+            read_target(target)
+        check_importance(importance)
+        check_whole(0, cache_bytes=cache_bytes)
+        check_flags(rescore=rescore, prune_num_heads=prune_num_heads, progress=progress)
         check_numbers(
             max_increase, steps, round_to, min_width, max_pruning_ratio, error_probability
         )
@@ -193,7 +204,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.compensation_data = calibration if data is None else data
         if self.recipe.method != "none":
             check_batches(self.compensation_data, repeatable=True)
-        check_finite(model)
+        known = getattr(importance, "objective", None)
+        if objective is None and isinstance(known, Objective):
+            self.objective = known
+        else:
+            self.objective = Objective("auto" if objective is None else objective)
+        check_model(model, values=True)
+        ignored = matched(model, ignored_layers, "ignored_layers")
         own_pruners = dict(customized_pruners or {})
 
         def build(inputs: Any, customized_pruners: dict[Any, Any]) -> Any:
@@ -205,7 +222,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                     inputs,
                     importance,
                     root_module_types=[],
-                    ignored_layers=ignored_layers,
+                    ignored_layers=list(ignored),
                     max_pruning_ratio=max_pruning_ratio,
                     round_to=round_to,
                     in_channel_groups={},
@@ -230,22 +247,24 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             build=build,
             on_meta_device=meta,
         )
-        self.mlps = without_ignored(model, self._structure.mlps, self.ignored_layers)
-        self.attentions: list[Attention] = []
-        if prune_num_heads:
-            found = self._structure.some_attentions()
-            self.attentions = without_ignored(model, found, self.ignored_layers)
+        if not self._structure.mlps:
+            raise ValueError(
+                f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer "
+                "why"
+            )
+        chosen = ignored_layers, only_layers
+        found = self._structure.some_attentions() if prune_num_heads else []
+        every: list[Site] = [*self._structure.mlps, *found]
+        sites = selected(model, every, *chosen)
+        self.mlps = [site for site in sites if isinstance(site, MLP)]
+        self.attentions = [site for site in sites if isinstance(site, Attention)]
+        check_narrowable(self.mlps, round_to=round_to, min_width=min_width)
         # In the order of the search.
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
         self.budget: Budget | None = None
         if target is not None:
             self.budget = Budget(target, self._structure, self._sites, round_to)
         self.calibration = calibration
-        known = getattr(importance, "objective", None)
-        if objective is None and isinstance(known, Objective):
-            self.objective = known
-        else:
-            self.objective = Objective(objective or "auto")
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
         self.cache_bytes, self.error_probability = cache_bytes, error_probability
@@ -367,6 +386,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 "dense model's; raise max_increase or steps",
                 self.max_increase,
             )
+        sites = {site.down: site for site in self._sites}
         widths = {mlp.down: mlp.width for mlp in self.mlps}
         widths |= {attention.down: attention.width for attention in self.attentions}
         return PruningPlan(
@@ -374,7 +394,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             widths,
             {name: found.probes[name] for name in widths},
             search.dense_entropy,
-            {site.down: site for site in (*self.mlps, *self.attentions)},
+            {name: sites[name] for name in widths},
         )
 
     def _checkpoint(self) -> Checkpoint | None:

@@ -21,7 +21,7 @@ from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
-from tp_amp.running.watching import Seen, watch
+from tp_amp.running.watching import Seen, routed_layers, watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.observing import observing
@@ -50,6 +50,7 @@ class Compensator:
             objective = read_objective(recipe, graph.model, inputs)
             self.places = place_weights(recipe, graph.model, layers, inputs, objective)
         self._told = False
+        self._routed: dict[str, bool] = {}
         self._moments: tuple[str, Halves] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
 
@@ -61,7 +62,7 @@ class Compensator:
 
     def correction(self, site: Site, kept: list[int]) -> Correction | None:
         """The correction of a site's `down` once only `kept` channels or heads are left."""
-        if len(kept) == site.width or self.recipe.method == "none":
+        if len(kept) == site.width or self.recipe.method == "none" or self._is_routed(site):
             return None
         down: Any = self.graph.model.get_submodule(site.down)
         if isinstance(site, Attention) or site.inner:
@@ -74,6 +75,15 @@ class Compensator:
             tell_few([site.down])
             self._told = True
         return corrected(site.down, moments, self.recipe, bias)
+
+    def _is_routed(self, site: Site) -> bool:
+        """Whether a router feeds a layer: it can't be corrected, which is told in the end."""
+        if site.down not in self._routed:
+            model: nn.Module = self.graph.model
+            with observing(model, gradients=False):
+                batch = next(stream(self.batches, model, description="reading", progress=False))
+                self._routed[site.down] = bool(routed_layers(model, batch, [site.down]))
+        return self._routed[site.down]
 
     def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:

@@ -6,7 +6,8 @@ timm's parallel blocks, and `mlp_cuts` is the record and the cut. `residual` tel
 from those of heads and embeddings. `attention` finds the heads.
 `model_structure` holds all that was read of one model and is handed on. `groups` walks Torch-
 Pruning's groups layer by layer, `chain` finds the modules that run one after another, `macs`
-counts what modules cost, and `observing` runs a model so that every layer can be watched.
+counts what modules cost, `selection` reads which of them are meant, and `observing` runs a model
+so that every layer can be watched.
 """
 
 # What other folders import; every other module here is private to the folder.
@@ -21,4 +22,5 @@ __all__ = [
     "nodes",
     "observing",
     "residual",
+    "selection",
 ]

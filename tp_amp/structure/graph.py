@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp.running.checks import check_not_compiled
+from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, forgetting, hooks, on_meta, shapes_first
 
@@ -181,7 +181,7 @@ def build_graph(
     Raises:
         ValueError: the model fails on `example_inputs`, or is compiled.
     """
-    check_not_compiled(model)
+    check_model(model)
     if build is None:
         build = partial(LayerGraph().build_dependency, model, verbose=False)
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning import ops
 
+from tp_amp.running.checks import remade
 from tp_amp.structure.adapters import adapted_layer
 from tp_amp.structure.fused import FusedParts, fused_parts
 from tp_amp.structure.graph import TracedGraph, build_graph
@@ -168,7 +169,9 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
     nodes = [*parts.ups, *parts.inner, *parts.downs]
     for node in nodes:
         if node.module not in calls:
-            raise NotAnMLP(f"{node.name} is not called as a module")
+            raise NotAnMLP(f"{node.name} is not called as a module on the example inputs")
+        if reason := remade(node.module):
+            raise NotAnMLP(f"of {names[node.module]}, {reason}")
         others = node.module._parameters.keys() - {"weight", "bias"}
         if is_projection(node.module) and others:
             raise NotAnMLP(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs, example
 from tp_amp.structure.attention.finding import listed, read_attentions
 from tp_amp.structure.attention.heads import Attention
@@ -50,6 +51,7 @@ class ModelStructure:
         build: Callable[..., Any] | None = None,
         on_meta_device: bool = True,
     ) -> None:
+        check_model(model)
         self.model, self.inputs, self.forward_fn = model, example(example_inputs), forward_fn
         self._num_heads = num_heads
         self.reasons: dict[nn.Module, str] = {}

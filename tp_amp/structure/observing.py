@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tp_amp.running.checks import check_not_compiled
+from tp_amp.running.checks import check_model
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.structure.attention.adapting import exposing
 
@@ -16,7 +16,7 @@ from tp_amp.structure.attention.adapting import exposing
 @contextmanager
 def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Run in eval mode, frozen and seeded, with every output projection called as a module."""
-    check_not_compiled(model)
+    check_model(model)
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),

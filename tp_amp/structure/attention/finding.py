@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_amp.running.checks import check_model, remade
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
@@ -86,6 +87,7 @@ def read_attentions(
     Raises:
         ValueError: the model fails on `example_inputs`, or `num_heads` does not fit the model.
     """
+    check_model(model)
     counts = HeadCounts(model, num_heads)
     names = _attention_names(model, counts)
     owners = {name: model.get_submodule(name) for name in names}
@@ -95,6 +97,9 @@ def read_attentions(
             owners[parent] = model.get_submodule(parent)
     found: dict[str, Attention] = {}
     reasons = {}
+    if any(parameter.is_meta for parameter in model.parameters()):
+        reason = "heads are checked by values, and the model is on the meta device without any"
+        return [], dict.fromkeys(names, reason)
     with torch.inference_mode(False), evaluating(model, trainable=False):
         calls = _record(model, owners, example_inputs, forward_fn)
         for name in names:
@@ -165,6 +170,9 @@ def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCou
         raise CannotCut("it has one head")
     if name not in calls:
         raise CannotCut("it is not called on the example inputs")
+    for layer in model.get_submodule(name).modules():
+        if reason := remade(layer):
+            raise CannotCut(f"of one of its layers, {reason}")
     reasons = []
     for owner, guess in guesses:
         if owner not in calls:
