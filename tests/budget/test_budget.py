@@ -2,10 +2,11 @@
 
 import copy
 import math
+import re
 
 import pytest
 import timm
-from toys import images
+from toys import images, toy
 from zoo import SWIN_HEADS
 
 import tp_amp
@@ -42,22 +43,6 @@ def test_tolerances_grow_with_what_a_site_costs() -> None:
     assert tolerances[last] / tolerances[first] == pytest.approx(costs[1] / costs[0])
 
 
-@pytest.mark.parametrize("needed", [1e-5, 3e-3, 0.02, 0.7])
-def test_the_smallest_tolerance_that_meets_the_target_is_found(needed: float) -> None:
-    """Everything above `needed` is small enough, all below too large, as with coarse widths."""
-    budget, _, _ = swin_budget({"params": 0.9})
-    smallest = dict.fromkeys(budget.widths, 1)
-    tried: list[float] = []
-
-    def widths_at(increase: float) -> dict[str, int]:
-        tried.append(increase)
-        return smallest if increase >= needed else budget.widths
-
-    found = budget.meet(widths_at, 1e-2)
-    assert needed <= found <= 4 * needed
-    assert found in tried
-
-
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -73,12 +58,35 @@ def test_bad_targets_raise(target: dict[str, float], message: str) -> None:
         swin_budget(target)
 
 
-def test_a_start_far_too_small_ends_with_the_smallest_widths() -> None:
-    budget, _, _ = swin_budget({"params": 0.5})
-    smallest, tried = dict.fromkeys(budget.widths, 1), []
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_the_range_that_is_told_can_be_reached(kind: str) -> None:
+    """Rounded inwards: with either end of what the message tells, nothing is raised."""
+    budget, model, inputs = swin_budget({kind: 1e-6})
+    smallest = dict.fromkeys(budget.widths, 1)
+    with pytest.raises(ValueError, match="can't be met: reachable are") as told:
+        budget.check(smallest)
+    numbers = re.search(r"are (\S+) to (\S+), fractions (\S+) to 1", str(told.value))
+    assert numbers is not None
+    structure = ModelStructure(model, inputs)  # type: ignore[arg-type]
+    sites = [*structure.mlps, *structure.attentions[0]]
+    for end in numbers.groups():
+        other = Budget({kind: float(end)}, structure, sites)
+        other.check(smallest)
+    # And not far from the ends that there are.
+    least = budget.cost(smallest)
+    assert float(numbers[1]) == pytest.approx(least, rel=1e-3)
+    assert float(numbers[2]) == pytest.approx(budget.dense, rel=1e-3)
 
-    def widths_at(increase: float) -> dict[str, int]:
-        tried.append(increase)
-        return smallest if increase > 1 else budget.widths
 
-    assert budget.meet(widths_at, 1e-12) == tried[-1] == math.inf
+def test_a_latency_far_from_its_target_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = ModelStructure(toy(), images(1))
+    budget = Budget({"latency": 0.9}, structure, structure.mlps)
+    keep = {name: list(range(width)) for name, width in budget.widths.items()}
+    budget.amount = 0.5 * budget.dense
+    monkeypatch.setattr(budget.latency, "measure", lambda keep: budget.dense)  # as the table says
+    budget.confirm(keep)
+    [told] = [text for text in caplog.messages if "the latency is" in text]
+    assert "(1.000 of the dense model's), the target" in told
+    assert "(0.500)" in told

@@ -191,12 +191,16 @@ def test_what_the_table_misses_is_told(clock: Clock, caplog: pytest.LogCaptureFi
     found = budget_of(toy(hidden=40), {"latency": 0.6})
     with caplog.at_level(logging.INFO, "tp_amp.budget.budget"):
         found.confirm({DOWNS[0]: range(5), DOWNS[1]: range(40)})
+        found.amount = 22.0
         found.confirm(dict.fromkeys(DOWNS, range(20)))
     wrong, right = caplog.records
     assert wrong.levelname == "WARNING"
-    assert "is 42 ms (1.000 of the dense model's), from the table 24.5 ms" in wrong.getMessage()
+    assert (
+        "is 42 ms (1.000 of the dense model's), the target 25.2 ms (0.600), from the table 24.5 ms"
+        in wrong.getMessage()
+    )
     assert right.levelname == "INFO"
-    assert "is 22 ms (0.524 of the dense model's), from the table 22" in right.getMessage()
+    assert "is 22 ms (0.524 of the dense model's), the target 22 ms (0.524)" in right.getMessage()
 
 
 def test_a_busy_spell_is_no_part_of_the_table(clock: Clock) -> None:

@@ -208,5 +208,5 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("error", [0, 0.5, 1.0, -0.1])
 def test_probability_out_of_range(error: float) -> None:
-    with pytest.raises(ValueError, match="error_probability must lie between 0 and 0"):
+    with pytest.raises(ValueError, match="error_probability must be a number between 0 and 0"):
         pruner_of(toy(), error)

@@ -1,4 +1,4 @@
-"""Sizes to prune to: what each width costs, and the tolerance that meets a target."""
+"""Sizes to prune to: what each width costs, and what a target asks for."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("params", "macs", "latency")
 _UNITS = {"params": "params", "macs": "macs", "latency": "ms of latency"}
-# A search that comes that close below the target is taken.
+# A size that comes that close below the target is taken.
 _CLOSE = 0.01
-_TRIALS = 12
+_NOISE = 1e-9  # of sums, relative to them
 # The table adds up what the layers save; a model that is off by more is told.
 _FAR = 0.1
 
@@ -95,45 +95,56 @@ class Budget:
     def check(self, smallest: Mapping[str, int]) -> None:
         """Raise ValueError with the reachable range if the target is out of it."""
         least = self.cost(smallest)
+        if (1 - _NOISE) * least <= self.amount < least:
+            self.amount = least  # sums of the same numbers in another order
         if not least <= self.amount <= self.dense:
+            # Rounded inwards: whoever takes an end of what is told gets it.
+            low, high = _rounded((1 - _NOISE) * least, math.ceil), _rounded(self.dense, math.floor)
+            fraction = math.ceil(1000 * (1 - _NOISE) * least / self.dense) / 1000
             raise ValueError(
-                f"the target of {self.amount:.4g} {_UNITS[self.kind]} can't be met: reachable are "
-                f"{least:.4g} to {self.dense:.4g}, fractions {least / self.dense:.3f} to 1"
+                f"the target of {self.amount:.4g} {self.unit} can't be met: reachable are "
+                f"{low:.4g} to {high:.4g}, fractions {fraction:.3f} to 1"
+            )
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return _UNITS[self.kind]
+
+    def is_close(self, cost: float) -> bool:
+        """Whether a cost is below the target and hardly so."""
+        return (1 - _CLOSE) * self.amount <= cost <= self.amount
+
+    def tell_missed(self, widths: Mapping[str, int]) -> None:
+        """Warn where widths end far below the target."""
+        cost = self.cost(widths)
+        if not self.is_close(cost):
+            logger.warning(
+                "the widths end at %.4g %s (%.3f of the dense model), below the target of %.4g "
+                "(%.3f): the next wider ones are above it; a smaller round_to comes closer",
+                cost,
+                self.unit,
+                cost / self.dense,
+                self.amount,
+                self.amount / self.dense,
             )
 
     def confirm(self, keep: Mapping[str, Sequence[int]]) -> None:
-        """Measure the latency of the model cut to `keep`, and warn where the table is far off."""
+        """Measure the latency of the model cut to `keep`; warn where it is far off."""
         if self.latency is None:
             return
         foreseen = self.cost({name: len(kept) for name, kept in keep.items()})
         measured = self.latency.measure(keep)
-        told = "the latency is %.4g ms (%.3f of the dense model's), from the table %.4g ms (%.3f)"
-        values = (measured, measured / self.dense, foreseen, foreseen / self.dense)
-        if abs(measured - foreseen) <= _FAR * foreseen:
+        told = (
+            "the latency is %.4g ms (%.3f of the dense model's), the target %.4g ms (%.3f), from "
+            "the table %.4g ms (%.3f)"
+        )
+        times = measured, self.amount, foreseen
+        values = [value for time in times for value in (time, time / self.dense)]
+        if all(abs(measured - wanted) <= _FAR * wanted for wanted in (foreseen, self.amount)):
             logger.info(told, *values)
         else:
             logger.warning(told + "; measure again on a machine that does nothing else", *values)
-
-    def meet(self, widths_at: Callable[[float], Mapping[str, int]], start: float) -> float:
-        """Find the smallest tolerance (nats) whose widths meet the target, by bisection."""
-        fails, meets, best = 0.0, math.inf, math.inf
-        increase = start
-        for _ in range(_TRIALS):
-            cost = self.cost(widths_at(increase))
-            logger.info("max_increase %.3g gives %.4g %s", increase, cost, _UNITS[self.kind])
-            if cost <= self.amount:
-                meets = best = increase
-                if cost >= self.amount * (1 - _CLOSE):
-                    break
-            else:
-                fails = increase
-            if math.isinf(meets):
-                increase *= 4
-            else:
-                increase = math.sqrt(fails * meets) if fails else meets / 4
-        if math.isinf(best):
-            widths_at(best)  # every probe is accepted: the smallest widths, which meet it
-        return best
 
 
 def read_target(target: Any) -> tuple[str, float]:
@@ -151,6 +162,12 @@ def read_target(target: Any) -> tuple[str, float]:
     if not is_number(amount) or amount <= 0:
         raise ValueError(f"target must be a positive number, found {dict(target)}")
     return kind, float(amount)
+
+
+def _rounded(value: float, towards: Callable[[float], int]) -> float:
+    """Four digits of a number, as they are told, the last one rounded up or down."""
+    scale = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return towards(value / scale) * scale
 
 
 def _costs(

@@ -158,7 +158,7 @@ def _row(name: str, dense: int | None, kept: int, widest: int, entropy: str) -> 
 
 def _last_entropy(layer: Layer) -> str:
     """The entropy at the width that stays, if it was tried."""
-    tried = [probe.entropy for probe in layer.probes if probe.accepted]
+    tried = [probe.entropy for probe in layer.probes if probe.width == layer.kept]
     return f"{tried[-1]:.4f}" if tried else ""
 
 

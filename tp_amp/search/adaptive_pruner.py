@@ -41,6 +41,7 @@ from tp_amp.search.compensated_probes import Compensator
 from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import estimate_search, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
+from tp_amp.search.target_search import PASSES, meet_target
 from tp_amp.search.width_search import Found, WidthSearch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.graph import TolerantGraph
@@ -86,8 +87,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         max_increase: allowed increase of the entropy for each MLP, in nats.
         target: size to prune to instead, `{"params": 0.6}`, `{"macs": 0.6}` or
             `{"latency": 0.6}`: a fraction of the dense model, or above 1 an absolute number. Then
-            `max_increase` is where the bisection for the tolerance starts, and each MLP is allowed
-            its share of it by what it costs. The latency is that of one forward pass on the
+            `max_increase` is where the search for the tolerance starts, of three passes at most,
+            and each MLP is allowed its share of it by what it costs; what no tolerance meets, the
+            widths between two of them do. The latency is that of one forward pass on the
             example inputs, in milliseconds above 1; its table is measured here, on the model's
             device, and so anew for a search that goes on from a checkpoint.
         compensation: `"none"`, `"mean"`, `"affine"`, or a `Recipe` with further settings; see
@@ -280,9 +282,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     def estimate(self) -> Estimate:
         """Tell what the search takes at most, by the time of one batch, before `step`.
 
-        These are its forward passes with one tolerance; scoring, the work of the compensation, and
-        further tolerances of a target come on top. `step` tells the same by a pass over all
-        batches, and at its end what it took.
+        These are its forward passes, of all tolerances that a target may take; scoring and the work
+        of the compensation come on top. `step` tells it by a pass over all batches, with the
+        compensation, and at its end what it took.
 
         Raises:
             ValueError: the model fails on the images.
@@ -301,7 +303,10 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         probes = [self._most_probes(site) for site in self._sites]
         found = estimate_search(profile.times(count), places, probes, self.cache_bytes)
         compensator = Compensator(self.DG, self.compensation_data, self.recipe)
-        return replace(found, bytes=found.bytes + compensator.most_bytes(self._sites))
+        return Estimate(
+            found.seconds * (PASSES if self.budget else 1),
+            found.bytes + compensator.most_bytes(self._sites),
+        )
 
     def _prune(self) -> Iterator[Any]:
         if self._pruned:
@@ -359,7 +364,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             lambda: mean_objective(self.model, self.calibration, objective),
             rescore=self.rescore,
             minimum=self._minimum,
-            round_to=lambda site: self.round_to if isinstance(site, MLP) else 1,
+            round_to=self._step,
             foreseen=self._foreseen,
             steps=self.steps,
             most_probes=self._most_probes,
@@ -369,11 +374,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             prefix=Prefix(self._structure, self._sites, self.calibration, self.cache_bytes),
             test=test,
             checkpoint=checkpoint,
+            passes=PASSES if self.budget else 1,
             progress=self.progress,
         )
-        found = self._meet(search) if self.budget else search.run(self._tolerances())
+        found = self._meet(search, self.budget) if self.budget else search.run(self._tolerances())
+        search.end()
         for site in self._sites:
-            self._report(site, found.probes[site.down])
+            self._report(site, found.keep[site.down], found.probes[site.down])
         if test is not None:
             self.forwards = test.forwards
             logger.info(
@@ -421,19 +428,42 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     def _tolerances(self) -> dict[str, float]:
         return {site.down: self.max_increase for site in self._sites}
 
-    def _meet(self, search: WidthSearch) -> Found:
-        """Search with the tolerance that meets the target."""
-        budget: Any = self.budget
-        budget.check(search.smallest())
+    def _meet(self, search: WidthSearch, budget: Budget) -> Found:
+        """Search with the tolerance that comes closest to the target, and fill widths up to it."""
+        smallest = search.smallest()
+        budget.check(smallest)
         runs: dict[float, Found] = {}
 
-        def widths_at(increase: float) -> dict[str, int]:
-            runs[increase] = search.run(budget.tolerances(increase))
-            return {name: len(kept) for name, kept in runs[increase].keep.items()}
+        def run(increase: float) -> tuple[dict[str, int], dict[str, list[Probe]]]:
+            found = runs[increase] = search.run(budget.tolerances(increase))
+            return {name: len(kept) for name, kept in found.keep.items()}, found.probes
 
-        self.max_increase = budget.meet(widths_at, self.max_increase or 1e-2)
-        budget.confirm(runs[self.max_increase].keep)
-        return runs[self.max_increase]
+        increase, widths = meet_target(
+            budget,
+            run,
+            start=self.max_increase or 1e-2,
+            entropy=search.dense_entropy,
+            smallest=smallest,
+            steps={site.down: self._step(site) for site in self._sites},
+        )
+        # The smallest widths are of no pass; those of the last one come closest.
+        found = runs.get(increase, runs[next(reversed(runs))])
+        self.max_increase = increase
+        if widths != {name: len(kept) for name, kept in found.keep.items()}:
+            found.keep = {n: sorted(found.orders[n][:width]) for n, width in widths.items()}
+            logger.info(
+                "no tolerance gives the target itself; with the widths between two of them the "
+                "entropy is %.4f, that of the dense model %.4f",
+                search.judge(found.keep),
+                search.dense_entropy,
+            )
+        budget.tell_missed(widths)
+        budget.confirm(found.keep)
+        return found
+
+    def _step(self, site: Site) -> int:
+        """What the widths of a site are multiples of."""
+        return self.round_to if isinstance(site, MLP) else 1
 
     def _minimum(self, site: Site) -> int:
         """The smallest width to try."""
@@ -446,7 +476,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             site.width,
             steps=self.steps,
             minimum=self._minimum(site),
-            round_to=self.round_to if isinstance(site, MLP) else 1,
+            round_to=self._step(site),
             first=self._foreseen(site, math.inf),
         )
 
@@ -476,17 +506,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 )
         return {site: rank_channels(self.importance, self.DG, site) for site in sites}
 
-    def _report(self, site: Site, probes: list[Probe]) -> None:
+    def _report(self, site: Site, kept: Sequence[int], probes: list[Probe]) -> None:
         best = accepted(probes)
-        if best:
-            logger.info(
-                "%s: %d of %d %s, entropy %.4f",
-                site.down,
-                best.width,
-                site.width,
-                site.units,
-                best.entropy,
-            )
+        if best or len(kept) < site.width:
+            entropy = [f", entropy {p.entropy:.4f}" for p in probes if p.width == len(kept)]
+            values = site.down, len(kept), site.width, site.units, "".join(entropy[-1:])
+            logger.info("%s: %d of %d %s%s", *values)
         else:
             logger.warning(
                 "%s keeps all %d %s: of %d widths tried from %d up, none was within %g nats",

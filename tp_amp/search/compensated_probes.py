@@ -21,6 +21,7 @@ from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
+from tp_amp.running.timing import clock
 from tp_amp.running.watching import Seen, routed_layers, watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
@@ -50,6 +51,7 @@ class Compensator:
             objective = read_objective(recipe, graph.model, inputs)
             self.places = place_weights(recipe, graph.model, layers, inputs, objective)
         self._told = False
+        self._times: dict[Any, tuple[float, float]] = {}
         self._routed: dict[str, bool] = {}
         self._moments: tuple[str, Halves] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
@@ -75,6 +77,29 @@ class Compensator:
             tell_few([site.down])
             self._told = True
         return corrected(site.down, moments, self.recipe, bias)
+
+    def seconds(self, sites: Sequence[Site], probes: Sequence[float]) -> float:
+        """How long the corrections of some probes of each site take, by two of each kind of site.
+
+        The first collects the moments, which those after it read or, of heads, collect again.
+        """
+        if self.recipe.method == "none":
+            return 0.0
+        total = 0.0
+        for site, count in zip(sites, probes, strict=True):
+            kind = isinstance(site, Attention), bool(site.inner), site.width * site.unit_width
+            if kind not in self._times:
+                kept = list(range(max(1, site.width // 2)))
+                times = []
+                for _ in range(2):
+                    start = clock()
+                    self.correction(site, kept)
+                    times.append(clock() - start)
+                self._times[kind] = max(0.0, times[0] - times[1]), times[1]
+            once, each = self._times[kind]
+            # What is accepted is cut once more.
+            total += once + (count + 1) * each if count else 0.0
+        return total
 
     def _is_routed(self, site: Site) -> bool:
         """Whether a router feeds a layer: it can't be corrected, which is told in the end."""

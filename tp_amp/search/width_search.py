@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -30,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Found:
-    """What a search found: kept channels or heads, and the probes, by `down`."""
+    """What a search found: kept channels or heads, and the probes, by `down`; and the orders."""
 
     def __init__(self) -> None:
+        self.orders: dict[str, list[int]] = {}
         self.keep: dict[str, list[int]] = {}
         self.probes: dict[str, list[Probe]] = {}
 
@@ -78,6 +78,7 @@ class WidthSearch:
         test: measures on as few images as verdicts need, in place of `entropy`.
         prefix: what comes before a site, kept from probe to probe.
         checkpoint: where rankings and entropies are kept, for a run that goes on after a kill.
+        passes: how often it is run at most, with other tolerances, for the estimate.
         progress: show a progress bar on a terminal.
     """
 
@@ -98,6 +99,7 @@ class WidthSearch:
         test: SequentialTest | None,
         prefix: Prefix,
         checkpoint: Checkpoint | None,
+        passes: int,
         progress: bool,
     ) -> None:
         self.graph, self.sites, self.rank = graph, sites, rank
@@ -126,8 +128,14 @@ class WidthSearch:
             timed = not self._is_known("")
             self.dense_entropy = self._measured("")
         self._profile: Profile | None = profile if timed else None
+        self._watch = Stopwatch()
+        self._made = dict.fromkeys(self.sites, 0.0)  # probes, or parts of them
         if not timed:
             logger.info("no estimate of the time: the dense entropy comes from the checkpoint")
+        self._passes = 0
+        one = self._estimate([self.most_probes(site) for site in self.sites])
+        if one is not None:
+            tell_estimate("the search", replace(one, seconds=one.seconds * passes))
 
     def run(self, max_increase: Mapping[str, float]) -> Found:
         """Find every width; whatever happens, the model is afterwards as it was.
@@ -139,11 +147,7 @@ class WidthSearch:
         self._pending.clear()
         self.prefix.reset()
         self._verdicts = None if self._test is None else Verdicts(self._test)
-        self._watch = Stopwatch()
-        self._made = dict.fromkeys(self.sites, 0.0)  # probes, or parts of them
-        foreseen = self._estimate([self.most_probes(site) for site in self.sites])
-        if foreseen is not None:
-            tell_estimate("the search", foreseen)
+        self._passes += 1
         with ExitStack() as self._pruned:
             bars = bar(
                 range(len(self.sites) * self.steps), description="search", progress=self.progress
@@ -161,14 +165,19 @@ class WidthSearch:
                     reference = Accepted(widths.state(best.width), best.entropy)
                     self._pending.append((site, kept))
                 found.keep[site.down], found.probes[site.down] = kept, tried
+                found.orders[site.down] = order
             bars.close()
         self.prefix.reset()
+        return found
+
+    def end(self) -> None:
+        """All passes are done: log what they took beside what was foreseen for their probes."""
         # Fewer probes than foreseen are made where some are known, or a sequential test is certain.
-        needed = self._estimate(list(self._made.values()))
+        needed = self._estimate([self._made[site] / self._passes for site in self.sites])
         if needed is not None:
+            needed = replace(needed, seconds=needed.seconds * self._passes)
             size = self.prefix.most + self.compensator.most_bytes(self.sites)
             check_estimate("the search", needed, Estimate(self._watch.seconds, size))
-        return found
 
     def _bisect(
         self, widths: Widths, reference: Accepted, max_increase: float, advance: Callable[[], Any]
@@ -195,36 +204,40 @@ class WidthSearch:
         )
 
     def _estimate(self, probes: Sequence[float]) -> Estimate | None:
-        """What the forward passes of some probes of each site take; None if none was timed."""
+        """What one pass takes, with some probes of each site; None if no pass was timed."""
         if self._profile is None:
             return None
         places = [self.prefix.place(site) for site in self.sites]
         found = estimate_search(self._profile, places, probes, self.prefix.limit)
-        return replace(found, bytes=found.bytes + self.compensator.most_bytes(self.sites))
+        return Estimate(
+            found.seconds + self.compensator.seconds(self.sites, probes),
+            found.bytes + self.compensator.most_bytes(self.sites),
+        )
 
     def smallest(self) -> dict[str, int]:
-        """The widths if every probe were accepted."""
+        """The smallest widths that may be kept."""
         widths = {}
         for site in self.sites:
-            tried = search_width(
-                lambda width: 0.0,
-                site.width,
-                reference=0.0,
-                max_increase=0.0,
-                steps=self.steps,
-                minimum=self.minimum(site),
-                round_to=self.round_to(site),
-                first=self.foreseen(site, math.inf),
-            )
-            widths[site.down] = tried[-1].width if tried else site.width
+            step = self.round_to(site)
+            widths[site.down] = min(site.width, -(-self.minimum(site) // step) * step)
         return widths
+
+    def judge(self, keep: Mapping[str, Sequence[int]]) -> float:
+        """The entropy of the model cut to `keep`, which no pass has tried."""
+        state = f"whole {[len(keep[site.down]) for site in self.sites]}"
+        with ExitStack() as stack:
+            if not self._is_known(state):
+                for site in self.sites:
+                    if len(keep[site.down]) < site.width:
+                        self._cut(stack, site, list(keep[site.down]))
+            return self._measured(state)
 
     def _probe(self, widths: Widths, width: int) -> float:
         """The entropy with a site cut, on the model as cut so far."""
         state, verdicts = widths.state(width), self._verdicts
         if self._test is None or verdicts is None:
             if state not in self._known:
-                with self._as_cut(widths, width), self._watch:
+                with self._watch, self._as_cut(widths, width):
                     self.prefix.run(widths.site, lambda: self._measured(state))
                 self._made[widths.site] += 1
             return self._known[state]
@@ -232,7 +245,7 @@ class WidthSearch:
             wanted = verdicts.wanted(state)
             start = self._test.measured(wanted)
             cut = width if wanted == state else widths.site.width
-            with self._as_cut(widths, cut), self._watch:
+            with self._watch, self._as_cut(widths, cut):
                 self.prefix.run(widths.site, lambda: verdicts.measure(state, width), start)
             batches = self._test.measured(wanted) - start
             self._made[widths.site] += batches / len(self._test.sizes())
@@ -243,8 +256,7 @@ class WidthSearch:
     def _as_cut(self, widths: Widths, width: int) -> Iterator[None]:
         """The model as cut so far, and one more site cut, unless all its width is left."""
         self._settle()
-        with self._watch:
-            self.prefix.prepare(widths.site)
+        self.prefix.prepare(widths.site)
         with ExitStack() as stack:
             if width < widths.site.width:
                 self._cut(stack, widths.site, widths.kept(width))
