@@ -129,3 +129,67 @@ def test_two_plans_make_one() -> None:
         {"a": [1, 5], "b": [0, 2], "c": [1]}, {"a": 6, "b": 3, "c": 2}
     )
     assert first.keep["a"] == [1, 3, 5]
+
+
+def test_a_dry_run_tells_the_widths_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, "--target", "params=0.8")
+    foreseen = record(capsys, *command, "--dry-run")
+    assert list(here.iterdir()) == []
+    assert main([*command, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "a dry run: nothing was cut or written" in text
+    assert re.search(r"target: params=0\.8, reached 0\.(79\d*|8)\n", text)
+    found = record(capsys, *command, "--output", "small")
+    assert found["widths"] == foreseen["widths"]
+    assert found["after"]["parameters"] == foreseen["after"]["parameters"]
+
+
+def test_a_dry_run_of_a_search_tells_what_and_how_long(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, "--max-increase", "0.01", "--dry-run")
+    assert main([*command, "--importance", "entropy"]) == 0
+    text = capsys.readouterr().out
+    assert f"{DOWNS[1]}: 96 channels" in text
+    assert "the forward passes of the search take at most about" in text
+    assert record(capsys, *command)["searched"] == DOWNS
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("search", [(), ("--min-width", "8")], ids=["foreseen", "searched"])
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        (("--ignore", "blocks.0"), DOWNS[1:]),
+        (("--ignore", "*.attn", "--ignore", "blocks.1.*"), DOWNS[:1]),
+        (("--only", "blocks.0-0"), DOWNS[:1]),
+        (("--only", "*.mlp", "--ignore", DOWNS[0]), DOWNS[1:]),
+    ],
+)
+def test_layers_are_left_out_or_chosen_by_name(
+    capsys: pytest.CaptureFixture[str],
+    chosen: tuple[str, ...],
+    left: list[str],
+    search: tuple[str, ...],
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, "--target", "params=0.95", "--output", "small")
+    assert list(record(capsys, *command, *chosen, *search)["widths"]) == left
+
+
+def test_every_linear_is_the_default_and_the_recipe_of_python(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ("prune", *MODEL, *SAMPLE, "--images", "128", "--target", "params=0.8")
+    every = record(capsys, *command, "--output", "every")
+    assert every["every_linear"] is True
+    record(capsys, *command, "--output", "few", "--no-every-linear")
+    record(capsys, *command, "--output", "mean", "--compensation", "mean")
+    uncut = "blocks.1.attn.proj"
+    fitted, plain, mean = (
+        tp_amp.create_model(folder).get_submodule(uncut).weight
+        for folder in ("every", "few", "mean")
+    )
+    assert not torch.equal(fitted, plain)
+    assert torch.equal(mean, plain)  # as it was

@@ -99,6 +99,7 @@ def plan_for_target(
     spent = budget.cost(dict.fromkeys(costs, 0))
     widths = allocate(errors, costs, budget.amount - spent, round_to)
     keep = {n: sorted(importance.orders[n][:width].tolist()) for n, width in widths.items()}
+    budget.tell_missed(widths)
     budget.confirm(keep)
     dense = {site.down: site.width for site in sites}
     return PruningPlan(keep, dense, sites={site.down: site for site in sites})

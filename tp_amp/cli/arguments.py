@@ -113,11 +113,14 @@ examples:
   tp-amp prune timm:vit_base_patch16_224 --pretrained --data photos --target macs=0.6 --output small
   tp-amp prune open_clip:ViT-B-32/laion2b_s34b_b79k --pretrained --data photos \\
       --importance entropy --max-increase 0.01 --output small
+  tp-amp prune timm:vit_base_patch16_224 --pretrained --data photos --target macs=0.6 \\
+      --ignore blocks.0-1 --dry-run
 then, in Python: model = tp_amp.create_model("small")
 """
     parser = add(
         "prune",
-        "MODEL --data DATA --output FOLDER (--target KIND=SIZE | --max-increase NATS)\n"
+        "MODEL --data DATA (--output FOLDER | --dry-run)\n"
+        "                    (--target KIND=SIZE | --max-increase NATS)\n"
         "                   ",
         "cut a model, compensate and save it",
         MODEL,
@@ -127,7 +130,24 @@ then, in Python: model = tp_amp.create_model("small")
     )
     _add_model(parser)
     _add_data(parser, "that widths are searched and the result is judged on")
-    _add_output(parser)
+    _add_output(parser, required=False)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell the widths, or with a search what it would try and how long it takes; cut "
+        "and write nothing",
+    )
+    chosen = parser.add_argument_group("which layers")
+    chosen.add_argument(
+        "--ignore",
+        action="append",
+        metavar="LAYER",
+        help="leave these whole: a module path, a glob ('*.attn') or a range of blocks "
+        "(blocks.0-3); may be repeated",
+    )
+    chosen.add_argument(
+        "--only", action="append", metavar="LAYER", help="prune these alone, named as for --ignore"
+    )
     size = parser.add_argument_group("how small (one of the two)").add_mutually_exclusive_group(
         required=True
     )
@@ -153,12 +173,18 @@ then, in Python: model = tp_amp.create_model("small")
     )
     _add_compensation(parser, "affine")
     parser.add_argument(
+        "--every-linear",
+        action=argparse.BooleanOptionalAction,
+        help="fit every Linear between the cut layers too; keeps more, and about doubles the time "
+        "of the compensation (default: with --compensation affine)",
+    )
+    parser.add_argument(
         "--refine",
         type=value.positive,
         default=0,
         metavar="PASSES",
-        help="fit every Linear between the cut layers too, then go so often through the images, "
-        "say 10, to improve both layers of each cut MLP; for --compensation affine",
+        help="then go so often through the images, say 10, to improve both layers of each cut MLP; "
+        "for --compensation affine with --every-linear",
     )
     parser.add_argument(
         "--activation-checkpointing",
@@ -282,9 +308,9 @@ def _add_place(group: Any) -> None:
     )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="to write; must be empty or not there"
+        "--output", required=required, metavar="FOLDER", help="to write; must be empty or not there"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the files of an earlier run in --output"

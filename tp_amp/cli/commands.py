@@ -14,6 +14,7 @@ from torch import nn
 
 import tp_amp
 from tp_amp.budget.budget import Budget
+from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.cli.command_parts import (
     REPORT,
     Answer,
@@ -26,17 +27,26 @@ from tp_amp.cli.command_parts import (
 from tp_amp.cli.describing import described, widths
 from tp_amp.cli.distill_command import distill
 from tp_amp.cli.help_texts import IMPORTANCES
-from tp_amp.cli.output_folder import check_output, staging
-from tp_amp.cli.pruning import FACTORIES, LABELLED, RECOMPUTING, composed, prune_model
+from tp_amp.cli.output_folder import staging
+from tp_amp.cli.pruning import (
+    FACTORIES,
+    LABELLED,
+    composed,
+    foreseen_plan,
+    prune_model,
+    searching,
+)
 from tp_amp.data.images import open_images
 from tp_amp.evaluation.comparing import compare as compare_importances
 from tp_amp.evaluation.fidelity import default_metric
+from tp_amp.plan.file_names import PLAN
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.plan.saving import PLAN
 from tp_amp.reports.report import Report
 from tp_amp.running.restoring import seeded
+from tp_amp.structure.attention.finding import listed
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.selection import matched, selected
 
 
 def run(options: Namespace) -> Answer:
@@ -61,8 +71,6 @@ def inspect(options: Namespace) -> Answer:
 
 def compare(options: Namespace) -> Answer:
     """Measure importances side by side."""
-    if options.plot:
-        _check_plot(Path(options.plot))
     images = open_images(options.data, options.split)
     loaded = load_model(options)
     labelled, (scoring, judging) = draw_batches(options, images, loaded)
@@ -87,33 +95,29 @@ def compare(options: Namespace) -> Answer:
 
 def prune(options: Namespace) -> Answer:
     """Cut a model, compensate, and write it whole or not at all."""
-    if options.activation_checkpointing and options.importance not in RECOMPUTING:
-        raise ValueError(
-            f"--activation-checkpointing is for --importance {' and '.join(RECOMPUTING)}; leave it "
-            f"out, {options.importance} runs without"
-        )
-    if options.refine and options.compensation != "affine":
-        raise ValueError(
-            f"--refine goes on from --compensation affine, found {options.compensation}; leave one "
-            "of them out"
-        )
-    output = Path(options.output)
-    check_output(output, options.overwrite)
     images = open_images(options.data, options.split)
     loaded = load_model(options)
     model, inputs = loaded.model, loaded.blank()
-    mlps = _check_size(model, inputs, options)
-    with staging(output, model) as folder:
-        labelled, (scoring, judging) = draw_batches(options, images, loaded)
+    sites = _chosen(model, inputs, options)
+
+    def drawn() -> list[list[Any]]:
+        labelled, batches = draw_batches(options, images, loaded)
         if options.importance in LABELLED and not labelled:
             raise ValueError(
                 f"--importance {options.importance} needs labels, and {options.data} has none of "
                 "this model's classes; take another (entropy and reconstruction need none)"
             )
+        return batches
+
+    if options.dry_run:
+        return _dry_run(model, inputs, sites, drawn(), options)
+    output = Path(options.output)
+    with staging(output, model) as folder:
+        scoring, judging = drawn()
         metric, measure = default_metric(model, judging)
         before = {**size_of(model, inputs), metric: measure(model)}
         dense = copy.deepcopy(model)
-        plan = prune_model(model, inputs, mlps, scoring, judging, options)
+        plan = prune_model(model, inputs, sites, scoring, judging, options)
         after = {**size_of(model, inputs), metric: measure(model)}
         if "latency" in (options.target or {}):
             timed = tp_amp.measure_both(dense, model, [inputs])
@@ -143,13 +147,7 @@ def prune(options: Namespace) -> Answer:
 
 def report(options: Namespace) -> Answer:
     """Show a saved plan."""
-    if options.html and not options.html.endswith(".html"):
-        raise ValueError(f"--html {options.html} must end in .html")
     folder = Path(options.folder)
-    if not (folder / PLAN).is_file():
-        raise ValueError(
-            f"{options.folder} holds no {PLAN}; pass the --output folder of tp-amp prune"
-        )
     plan = PruningPlan.from_json((folder / PLAN).read_text())
     found = plan.report()
     if (folder / REPORT).is_file():
@@ -167,7 +165,10 @@ def report(options: Namespace) -> Answer:
 _SETTINGS = (
     "importance",
     "compensation",
+    "every_linear",
     "refine",
+    "ignore",
+    "only",
     "target",
     "max_increase",
     "prune_num_heads",
@@ -177,25 +178,53 @@ _SETTINGS = (
 )
 
 
-def _check_size(model: nn.Module, inputs: Any, options: Namespace) -> list[MLP]:
-    """Find the MLPs, and refuse a target out of reach before any long work."""
+def _dry_run(
+    model: nn.Module,
+    inputs: Any,
+    sites: list[Site],
+    batches: list[list[Any]],
+    options: Namespace,
+) -> Answer:
+    """Tell what would be cut, or searched; the model is a copy, and nothing is written."""
+    scoring, judging = batches
+    shared = {"spec": options.model, "dry_run": True, "target": options.target}
+    plan = foreseen_plan(model, inputs, sites, scoring, options)
+    nothing = "a dry run: nothing was cut or written"
+    if plan is None:
+        estimate = searching(model, inputs, sites, scoring, judging, options).estimate()
+        names = [f"  {site.down}: {site.width} {site.units}" for site in sites]
+        lines = ["these would be searched:", *names]
+        lines.append(f"the forward passes of the search take at most about {estimate}")
+        record = {**shared, "searched": [site.down for site in sites]} | asdict(estimate)
+        return Answer("\n".join([*lines, nothing]), record)
+    before = size_of(model, inputs)
+    cut = copy.deepcopy(model)
+    tp_amp.apply_plan(cut, plan)
+    record = {**shared, "before": before, "after": size_of(cut, inputs), "widths": widths(plan)}
+    return Answer(f"{described(record)}\n{nothing}", record)
+
+
+def _chosen(model: nn.Module, inputs: Any, options: Namespace) -> list[Site]:
+    """What is to be cut; a target out of reach is refused before any long work."""
     structure = ModelStructure(model, inputs)
-    mlps = structure.mlps
-    if not mlps:
+    every: list[Site] = [*structure.mlps]
+    if not every:
         raise ValueError(
             f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer why"
         )
-    if options.target is not None and not options.prune_num_heads:
-        sites: list[Site] = [*mlps]
-        step = options.round_to
-        budget = Budget(options.target, structure, sites, step)
-        least = max(step, options.min_width)
-        budget.check({mlp.down: min(mlp.width, least) for mlp in mlps})
-    return mlps
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {path} must end in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it first")
+    if options.prune_num_heads:
+        attentions, reasons = structure.attentions
+        if not attentions:
+            raise ValueError(f"no attention of {options.model} can lose heads: {listed(reasons)}")
+        every += attentions
+    for argument, patterns in {"--ignore": options.ignore, "--only": options.only}.items():
+        matched(model, patterns, argument)  # told by the names that were typed
+    sites = selected(model, every, options.ignore, options.only)
+    mlps = [site for site in sites if isinstance(site, MLP)]
+    check_narrowable(mlps, round_to=options.round_to, min_width=options.min_width)
+    if options.target is not None:
+        least = -(-options.min_width // options.round_to) * options.round_to
+        smallest = {site.down: min(site.width, least) for site in mlps}
+        heads = {site.down: 1 for site in sites if site not in mlps}
+        Budget(options.target, structure, sites, options.round_to).check(smallest | heads)
+    return sites

@@ -28,7 +28,7 @@ from tp_amp.data.images import open_images
 from tp_amp.data.loaded import Loaded
 from tp_amp.data.sources import load, load_teacher
 from tp_amp.evaluation.fidelity import default_metric
-from tp_amp.plan.saving import PLAN, SOURCE
+from tp_amp.plan.file_names import PLAN, SOURCE
 from tp_amp.running.checkpoint import Checkpoint, model_digest
 from tp_amp.running.checks import check_values
 

@@ -12,6 +12,8 @@ IMPORTANCES = {
     "hessian": "Torch-Pruning's Hessian as it is, needs labels",
     "random": "chance, to compare with",
 }
+# Those whose backward pass is tp_amp's own.
+RECOMPUTING = ("reconstruction", "entropy")
 METHODS = ("none", "mean", "affine")
 
 MODEL = """\

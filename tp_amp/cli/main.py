@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from tp_amp.cli.arguments import build_parser
+from tp_amp.cli.early_checks import check_early
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _logging(verbose):
             options = parser.parse_args(arguments)
+            check_early(options)
             from tp_amp.cli.commands import run
 
             # Libraries print; what is on stdout is the answer alone.

@@ -14,13 +14,11 @@ import tp_amp
 from tp_amp.importance.readiness import forget, make_ready
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.structure.mlps import MLP
-from tp_amp.structure.model_structure import ModelStructure
+from tp_amp.structure.model_structure import Site
 
 logger = logging.getLogger(__name__)
 
 LABELLED = ("taylor", "hessian")
-# Those whose backward pass is tp_amp's own.
-RECOMPUTING = ("reconstruction", "entropy")
 FACTORIES: dict[str, Callable[..., Any]] = {
     "reconstruction": tp_amp.ReconstructionImportance,
     "entropy": tp_amp.EntropyTaylorImportance,
@@ -38,49 +36,92 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 def prune_model(
     model: nn.Module,
     inputs: Any,
-    mlps: list[MLP],
+    sites: list[Site],
     scoring: list[Any],
     judging: list[Any],
     options: Namespace,
 ) -> PruningPlan:
     """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
-    recompute = {"activation_checkpointing": True} if options.activation_checkpointing else {}
-    importance = FACTORIES[options.importance](**recompute)
-    refined: dict[str, Any] = {}
-    if options.refine:
-        refined = {"every_linear": True, "refine": options.refine, **recompute}
-    layers = [mlp.down for mlp in mlps]
-    if options.prune_num_heads:
-        layers += [site.down for site in ModelStructure(model, inputs).some_attentions()]
-    make_ready(importance, model, scoring, layers=layers)
-    foreseen = options.importance == "reconstruction" and options.target is not None
-    side_by_side = any(mlp.first for mlp in mlps)
-    if foreseen and not (options.prune_num_heads or options.min_width > 1 or side_by_side):
+    plan = foreseen_plan(model, inputs, sites, scoring, options)
+    if plan is not None:
         if options.checkpoint:
             logger.warning("--checkpoint is left out: nothing is searched, which takes long")
-        plan = tp_amp.plan_for_target(
-            model, inputs, importance, options.target, round_to=options.round_to
-        )
-        tp_amp.compensate(model, plan, scoring, method=options.compensation, **refined)
+        tp_amp.compensate(model, plan, scoring, **_compensation(options))
     else:
-        pruner = tp_amp.AdaptiveMLPPruner(
-            model,
-            inputs,
-            importance,
-            judging,
-            target=options.target,
-            max_increase=1e-2 if options.max_increase is None else options.max_increase,
-            compensation=tp_amp.Recipe(options.compensation, **refined),
-            compensation_data=scoring,
-            checkpoint=options.checkpoint,
-            prune_num_heads=options.prune_num_heads,
-            round_to=options.round_to,
-            min_width=options.min_width,
-        )
+        pruner = searching(model, inputs, sites, scoring, judging, options)
+        layers = [site.down for site in sites]
+        make_ready(pruner.importance, model, scoring, layers=layers)
         pruner.step()
         plan = pruner.plan
     forget(model)
     return plan
+
+
+def foreseen_plan(
+    model: nn.Module, inputs: Any, sites: list[Site], scoring: list[Any], options: Namespace
+) -> PruningPlan | None:
+    """The widths with the least foreseen loss; None where they have to be searched."""
+    side_by_side = any(isinstance(site, MLP) and site.first for site in sites)
+    searched = options.prune_num_heads or options.min_width > 1 or side_by_side
+    if options.importance != "reconstruction" or options.target is None or searched:
+        return None
+    importance = _importance(options)
+    make_ready(importance, model, scoring, layers=[site.down for site in sites])
+    return tp_amp.plan_for_target(
+        model,
+        inputs,
+        importance,
+        options.target,
+        round_to=options.round_to,
+        ignored_layers=options.ignore,
+        only_layers=options.only,
+    )
+
+
+def searching(
+    model: nn.Module,
+    inputs: Any,
+    sites: list[Site],
+    scoring: list[Any],
+    judging: list[Any],
+    options: Namespace,
+) -> tp_amp.AdaptiveMLPPruner:
+    """The pruner that searches widths as the options say, with an importance that is not ready."""
+    return tp_amp.AdaptiveMLPPruner(
+        model,
+        inputs,
+        _importance(options),
+        judging,
+        target=options.target,
+        max_increase=1e-2 if options.max_increase is None else options.max_increase,
+        compensation=tp_amp.Recipe(**_compensation(options)),
+        compensation_data=scoring,
+        checkpoint=options.checkpoint,
+        prune_num_heads=options.prune_num_heads,
+        round_to=options.round_to,
+        min_width=options.min_width,
+        ignored_layers=options.ignore,
+        only_layers=options.only,
+    )
+
+
+def _importance(options: Namespace) -> Any:
+    return FACTORIES[options.importance](**_recomputed(options))
+
+
+def _compensation(options: Namespace) -> dict[str, Any]:
+    """What `Recipe` and `compensate` take; only refining runs backward passes."""
+    recomputed = _recomputed(options) if options.refine else {}
+    return {
+        "method": options.compensation,
+        "every_linear": options.every_linear,
+        "refine": options.refine,
+        **recomputed,
+    }
+
+
+def _recomputed(options: Namespace) -> dict[str, bool]:
+    return {"activation_checkpointing": True} if options.activation_checkpointing else {}
 
 
 def composed(first: PruningPlan, second: PruningPlan) -> PruningPlan:

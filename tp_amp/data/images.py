@@ -11,10 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-KINDS = (
-    "a folder of images, a .parquet file or a folder of them, datasets:NAME, "
-    "or sample (drawn shapes, no photographs)"
-)
+from tp_amp.data.image_places import DATASETS, KINDS, SAMPLE, check_place
+
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img", "pixel_values"), ("label", "labels")
 _SAMPLE_SIZE = 96
 
@@ -220,16 +218,13 @@ def open_images(data: str, split: str = "train") -> Images:
         ValueError: there are none, or the source can't be read.
         ImportError: the source needs an extra.
     """
-    if data == "sample":
+    check_place(data)
+    if data == SAMPLE:
         return Sample()
-    if data.startswith("datasets:"):
-        return Dataset(data.removeprefix("datasets:"), split)
+    if data.startswith(DATASETS):
+        return Dataset(data.removeprefix(DATASETS), split)
     path = Path(data)
-    if not path.exists():
-        raise ValueError(f"no such file or folder: {data}; --data takes {KINDS}")
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{data} is a single file and not .parquet; --data takes {KINDS}")
         return _not_empty(Parquet(path, [path]), data)
     from PIL import Image
 

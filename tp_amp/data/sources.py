@@ -19,9 +19,9 @@ from tp_amp.data.hugging_face import (
 )
 from tp_amp.data.loaded import Loaded, built, fetched
 from tp_amp.data.weights import load_weights
+from tp_amp.plan.file_names import PLAN, SOURCE
 from tp_amp.plan.loading import create_model
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.plan.saving import PLAN, SOURCE
 
 KINDS = "timm:NAME, open_clip:NAME, hf:NAME or a folder that tp-amp prune made"
 _PREFIXES = ("timm", "open_clip", "hf")

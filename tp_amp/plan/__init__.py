@@ -2,8 +2,16 @@
 
 `pruning_plan` is the record of what stays, `json_records` its text. `ranking` makes a plan from
 scores and widths, `applying` carries one out, `cutting` is the one place that cuts, and `saving`
-and `loading` keep a pruned model in a folder and bring it back without tracing.
+and `loading` keep a pruned model in a folder (`file_names`) and bring it back without tracing.
 """
 
 # What other folders import; every other module here is private to the folder.
-__all__ = ["applying", "cutting", "loading", "pruning_plan", "ranking", "saving"]
+__all__ = [
+    "applying",
+    "cutting",
+    "file_names",
+    "loading",
+    "pruning_plan",
+    "ranking",
+    "saving",
+]

@@ -14,8 +14,9 @@ from torch import nn
 
 from tp_amp.plan.applying import planned_sites
 from tp_amp.plan.cutting import cut_all, undone_after_errors
+from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.plan.saving import PLAN, SOURCE, WEIGHTS, check_knows_sites
+from tp_amp.plan.saving import check_knows_sites
 from tp_amp.running.checks import check_model
 from tp_amp.structure.model_structure import ModelStructure
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
 from tp_amp.running.atomic_files import write_atomically
 from tp_amp.running.checks import check_model
 from tp_amp.version import __version__
 
-WEIGHTS, PLAN, SOURCE = "model.safetensors", "plan.json", "source.json"
 _LIBRARIES = ("timm", "open_clip", "transformers")
 
 

@@ -1,0 +1,73 @@
+"""What of a command is refused before anything heavy is imported: paths, and options in pairs."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from tp_amp.cli.help_texts import RECOMPUTING
+from tp_amp.cli.output_folder import check_output
+from tp_amp.data.image_places import check_place
+from tp_amp.plan.file_names import PLAN, SOURCE
+
+# What a command's folder must hold, and which one it is.
+_STUDENTS = {
+    "report": (PLAN, "pass the --output folder of tp-amp prune"),
+    "distill": (SOURCE, "the student is a folder that tp-amp prune made"),
+}
+
+
+def check_early(options: Namespace) -> None:
+    """Raise ValueError for paths that are not there and options that don't go together."""
+    given = vars(options)
+    if options.command == "prune":
+        _check_pruning(options)
+    if given.get("output"):
+        check_output(Path(options.output), options.overwrite)
+    if given.get("html") and not options.html.endswith(".html"):
+        raise ValueError(f"--html {options.html} must end in .html")
+    if options.command in _STUDENTS:
+        name, what = _STUDENTS[options.command]
+        if not (Path(options.folder) / name).is_file():
+            raise ValueError(f"{options.folder} holds no {name}; {what}")
+    if given.get("plot"):
+        _check_plot(Path(options.plot))
+    if given.get("weights") and given.get("pretrained"):
+        raise ValueError("--pretrained and --weights both give weights; pass one of them")
+    if given.get("weights") and not Path(options.weights).is_file():
+        raise ValueError(
+            f"no such file: {options.weights}; --weights takes a .safetensors or .pt file"
+        )
+    if given.get("data"):
+        check_place(options.data)
+
+
+def _check_pruning(options: Namespace) -> None:
+    if not (options.output or options.dry_run):
+        raise ValueError(
+            "the following arguments are required: --output (or --dry-run, which writes nothing); "
+            "see tp-amp prune --help"
+        )
+    if options.activation_checkpointing and options.importance not in RECOMPUTING:
+        raise ValueError(
+            f"--activation-checkpointing is for --importance {' and '.join(RECOMPUTING)}; leave it "
+            f"out, {options.importance} runs without"
+        )
+    if options.refine and options.compensation != "affine":
+        raise ValueError(
+            f"--refine goes on from --compensation affine, found {options.compensation}; leave one "
+            "of them out"
+        )
+    if options.refine and options.every_linear is False:
+        raise ValueError("--refine goes on from --every-linear; leave --no-every-linear out")
+    if options.every_linear and options.compensation == "none":
+        raise ValueError("--every-linear is a compensation, and --compensation none is asked for")
+    if options.every_linear is None:
+        options.every_linear = options.compensation == "affine"
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {path} must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it first")
