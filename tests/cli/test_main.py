@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from command_line import (
 from safetensors import SafetensorError
 
 import tp_amp
+from tp_amp.cli import main as main_module
 from tp_amp.cli.main import main
 from tp_amp.data import sources
 
@@ -379,3 +381,22 @@ def test_a_progress_bar_on_a_terminal() -> None:
     assert process.wait() == 0
     # Elapsed < left.
     assert re.search(rb"reading images: +\d+%\|.*\d+:\d+<", seen)
+
+
+def test_a_download_that_is_tried_again_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the hub's client says it, for each try and each file."""
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    with main_module._logging(False):
+        for attempt in range(1, 6):
+            for file in ("model.safetensors", "config.json"):
+                hub.warning(
+                    "'(MaxRetryError(Failed to resolve), '(Request ID: %s)')' thrown while "
+                    "requesting HEAD https://hub/%s",
+                    f"ab-{attempt}{file}",
+                    file,
+                )
+                hub.warning("Retrying in %ds [Retry %d/5].", attempt, attempt)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "Failed to resolve" in line

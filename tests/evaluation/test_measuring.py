@@ -192,3 +192,20 @@ def test_what_can_not_be_measured_raises_and_changes_nothing(
 def test_a_model_without_values_raises() -> None:
     with pytest.raises(ValueError, match="on the meta device"):
         tp_amp.measure(toy().to("meta"), [images(2)])
+
+
+def test_without_labels_the_cosine_of_the_outputs_is_measured() -> None:
+    """Over all batches, image by image, as torch has it."""
+    dense, cut = toy(), toy(seed=1)
+    batches = [images(4), images(3, seed=2)]
+    before, after = tp_amp.measure_both(dense, cut, batches, repeats=1, progress=False)
+    x = torch.cat(batches)
+    expected = torch.nn.functional.cosine_similarity(dense(x), cut(x)).mean()
+    assert before.cosine == pytest.approx(1.0)
+    assert after.cosine == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert before.accuracy is None
+    labels = torch.zeros(4, dtype=torch.long)
+    labelled = [(images(4), labels)]
+    for measured in tp_amp.measure_both(dense, cut, labelled, repeats=1, progress=False):
+        assert measured.cosine is None
+    assert tp_amp.measure(dense, batches, repeats=1, progress=False).cosine is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from report_examples import AFTER, BEFORE, FIRST, HEADS, LAST, PLAN, Page
@@ -96,11 +97,11 @@ def test_one_probe_alone_has_a_place(entropy: float) -> None:
     assert 0 <= place <= 100
 
 
-def test_a_plan_without_probes_says_why_there_is_no_plot() -> None:
+def test_a_plan_without_probes_has_no_section_for_them() -> None:
     plan = PruningPlan.from_json(PruningPlan({FIRST: [0, 3]}).to_json())
     page = Page(plan.report().to_html())
     assert page.svgs("strip") == []
-    assert "this plan holds no probe" in page.text
+    assert "Entropy at every probe" not in page.text
     assert "Nothing was measured" in page.text
     assert [FIRST, "-", "2", "-"] in [row[:4] for row in page.rows]
     assert "Layers keep 2 channels or heads." in re.sub(r"\s+", " ", page.text)
@@ -110,11 +111,14 @@ def test_an_empty_plan_has_a_page() -> None:
     assert "The plan names no layer" in Page(PruningPlan({}).report().to_html()).text
 
 
-def test_accuracy_that_was_not_measured_is_named() -> None:
+def test_the_cosine_stands_in_place_of_an_accuracy_that_was_not_measured() -> None:
     after = Measurement(5, 5.0, 1.0, (1.0, 1.0), 8, 10, "CPU, 1 thread", "float32")
     page = Page(PLAN.report(after=after).to_html())
-    assert ["Accuracy", "-", "-", ""] in page.rows
-    assert "Accuracy was not measured" in page.text
+    assert not [row for row in page.rows if row[0] in ("Accuracy", "Cosine to the dense model")]
+    assert "Accuracy" not in page.text
+    before, after = replace(after, cosine=1.0), replace(after, cosine=0.9312)
+    rows = Page(PLAN.report(before, after).to_html()).rows
+    assert ["Cosine to the dense model", "1.0000", "0.9312", "-0.0688"] in rows
 
 
 def test_page_needs_nothing_else_and_every_plot_has_a_text() -> None:

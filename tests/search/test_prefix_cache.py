@@ -289,3 +289,42 @@ def test_takes_at_most_six_tenths_of_the_time() -> None:
         ratios.append(seconds[2**30] / seconds[0])
     assert plans[2**30] == plans[0]
     assert min(ratios) <= 0.6
+
+
+class Encoder(nn.Module):
+    """Layers that torch runs in one kernel, in which no Linear is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 12, 4, 4)
+        layer = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("error", [None, 0.05])
+def test_batches_that_are_the_same_are_not_told_to_be_others(
+    error: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    batches = list(images(48).split(4))
+    plans = []
+    for cache in (2**30, 0):
+        torch.manual_seed(0)
+        pruner = tp_amp.AdaptiveMLPPruner(
+            perturbed(Encoder()),
+            images(1),
+            tp_amp.DIMAPImportance(),
+            batches,
+            max_increase=1e-3,
+            error_probability=error,
+            cache_bytes=cache,
+            progress=False,
+        )
+        pruner.step()
+        plans.append(pruner.plan)
+    assert "others each time" not in caplog.text
+    assert plans[0] == plans[1]

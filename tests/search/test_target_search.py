@@ -237,3 +237,11 @@ def test_the_estimate_of_a_search_counts_its_corrections(monkeypatch: pytest.Mon
     assert compensator.seconds(sites, [6, 6]) == 2 * (3 + 7 * 5)
     assert compensator.seconds(sites, [0, 6]) == 3 + 7 * 5
     assert Compensator(graph, data()[0], tp_amp.Recipe("none")).seconds(sites, [6, 6]) == 0
+
+
+def test_few_tokens_are_told_once_not_at_each_probe(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = pruner_of(
+        toy(depth=3), target={"params": 0.8}, compensation="affine", compensation_data=data()[0]
+    )
+    pruner.step()
+    assert sum("the images are few" in text for text in caplog.messages) == 1

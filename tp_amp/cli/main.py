@@ -6,12 +6,16 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
 from tp_amp.cli.arguments import build_parser
 from tp_amp.cli.early_checks import check_early
+
+# What differs between the tries of a download: addresses, numbers, and the ids of requests.
+_ADDRESS = re.compile(r"https?://\S+|\(Request ID:[^)]*\)|0x[0-9a-f]+|\d+")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +102,14 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if not record.name.startswith("tp_amp"):
+            if "Retrying in" in record.getMessage():  # beside what failed, which is told
+                return
+            # A library that tries again says the same of each try and each file.
+            again = f"{record.name} {_ADDRESS.sub('', record.getMessage())}"
+            if again in self.told:
+                return
+            self.told.add(again)
         line = f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
         # open_clip says that before our own weights are loaded; we tell where none are.
         if line in self.told or "No pretrained weights loaded" in line:

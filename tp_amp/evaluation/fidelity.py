@@ -57,11 +57,13 @@ def class_count(model: nn.Module, inputs: Inputs) -> int | None:
 def _outputs(model: nn.Module, inputs: list[Inputs], classifier: bool) -> Tensor:
     """Logits or features of all images, in float32 on the CPU."""
     with observing(model, gradients=False):
-        outputs = [
-            read_logits(batch.call(model)) if classifier else pooled_features(model, batch)
-            for batch in inputs
-        ]
+        outputs = [outputs_of(model, batch, classifier) for batch in inputs]
     return torch.cat(outputs).float().cpu()
+
+
+def outputs_of(model: nn.Module, batch: Inputs, classifier: bool) -> Tensor:
+    """Logits of a classifier, else features before a projection, `(images, outputs)`."""
+    return read_logits(batch.call(model)) if classifier else pooled_features(model, batch)
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> float:

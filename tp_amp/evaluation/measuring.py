@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from tp_amp.evaluation.fidelity import outputs_of
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
 from tp_amp.reports.numbers import Measurement
 from tp_amp.running.arguments import check_whole
@@ -69,6 +70,8 @@ def measure_both(
 ) -> tuple[Measurement, Measurement]:
     """Measure two models that take turns, so that other load on the machine slows both alike.
 
+    Where the batches hold no labels, all are read for the cosine similarity of the outputs.
+
     Args:
         before: the dense model, such as a copy made before it was pruned.
         after: the pruned model, on the same device and in the same dtype.
@@ -104,6 +107,7 @@ def _measure(
         check_model(model)
     check_batches(batches)
     weight = _like(models)
+    unknown: list[float | None] = [None] * len(models)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model, trainable=False))
@@ -113,6 +117,7 @@ def _measure(
         macs = [macs_of(model, first)[""] / first.images for model in models]
         speeds = _speeds(models, first, weight.device, repeats)
         accuracies, labelled = _accuracies(models, first, rest)
+        cosines = _cosines(models, first, rest) if accuracies[0] is None else unknown
     return [
         Measurement(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -125,6 +130,7 @@ def _measure(
             dtype=_dtype(weight),
             accuracy=accuracies[i],
             labelled_images=labelled,
+            cosine=cosines[i],
         )
         for i, model in enumerate(models)
     ]
@@ -172,6 +178,26 @@ def _accuracies(
             for i, model in enumerate(models):
                 right[i] += _right(read_logits(inputs.call(model)), inputs.labels)
     return [count / total for count in right], total
+
+
+def _cosines(
+    models: Sequence[nn.Module], first: Inputs, rest: Iterable[Inputs]
+) -> list[float | None]:
+    """The mean cosine similarity of each model's outputs to the first one's, of two and more."""
+    if len(models) < 2:
+        return [None]
+    totals, images = [0.0] * len(models), 0
+    try:
+        classifier = ends_in_classifier(models[0], first)
+        for inputs in chain([first], rest):
+            outputs = [outputs_of(model, inputs, classifier).float() for model in models]
+            images += inputs.images
+            for i, found in enumerate(outputs):
+                totals[i] += float(nn.functional.cosine_similarity(outputs[0], found).sum())
+    except (TypeError, ValueError) as error:
+        logger.debug("no cosine of the outputs: %s", error)
+        return [None] * len(models)
+    return [total / images for total in totals]
 
 
 def _right(logits: Tensor, labels: Tensor) -> int:

@@ -31,6 +31,8 @@ class Measurement:
         dtype: of the weights, or of autocast.
         accuracy: fraction of the labelled images whose largest logit is their class, if known.
         labelled_images: how many images it was taken over.
+        cosine: where no accuracy is known, the mean over images of the cosine similarity of the
+            outputs to the dense model's, if that was measured too (`measure_both`).
 
     Example:
         >>> import timm, torch, tp_amp
@@ -53,6 +55,7 @@ class Measurement:
     dtype: str
     accuracy: float | None = None
     labelled_images: int = 0
+    cosine: float | None = None
 
     @property
     def conditions(self) -> str:

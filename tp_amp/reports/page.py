@@ -96,17 +96,29 @@ def comparisons(report: Numbers) -> list[Comparison]:
     """What was measured before and after, one quantity a row; none where nothing was measured."""
     if not (report.before or report.after):
         return []
-    return [
+    rows = [
         _compare(report, "Parameters", _percent, lambda m: (m.parameters, _short(m.parameters))),
         _compare(report, "MACs per image", _percent, lambda m: (m.macs, _short(m.macs))),
         _compare(report, "Images per second", _times, lambda m: (m.images_per_second, _speed(m))),
-        _compare(
-            report,
-            "Accuracy",
-            _points,
-            lambda m: None if m.accuracy is None else (m.accuracy, f"{m.accuracy:.1%}"),
-        ),
     ]
+    sides = [side for side in (report.before, report.after) if side]
+    if any(side.accuracy is not None for side in sides):
+        rows.append(_compare(report, "Accuracy", _points, _accuracy))
+    elif any(side.cosine is not None for side in sides):
+        rows.append(_compare(report, "Cosine to the dense model", _difference, _cosine))
+    return rows
+
+
+def _accuracy(measured: Measurement) -> tuple[float, str] | None:
+    return None if measured.accuracy is None else (measured.accuracy, f"{measured.accuracy:.1%}")
+
+
+def _cosine(measured: Measurement) -> tuple[float, str] | None:
+    return None if measured.cosine is None else (measured.cosine, f"{measured.cosine:.4f}")
+
+
+def _difference(old: float, new: float) -> str:
+    return f"{new - old:+.4f}"
 
 
 def _compare(

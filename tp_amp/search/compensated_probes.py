@@ -15,7 +15,6 @@ from tp_amp.compensation.recipe import (
     given_weights,
     place_weights,
     read_objective,
-    tell_few,
 )
 from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
@@ -50,7 +49,6 @@ class Compensator:
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
             objective = read_objective(recipe, graph.model, inputs)
             self.places = place_weights(recipe, graph.model, layers, inputs, objective)
-        self._told = False
         self._times: dict[Any, tuple[float, float]] = {}
         self._routed: dict[str, bool] = {}
         self._moments: tuple[str, Halves] | None = None
@@ -73,9 +71,6 @@ class Compensator:
             weight = down.weight.detach().flatten(1)[:, site.first : site.first + site.width]
             moments = self._hidden(site, down).after_cut(weight, kept)
         bias = down.bias is not None or self.recipe.add_bias
-        if moments.few and not self._told:
-            tell_few([site.down])
-            self._told = True
         return corrected(site.down, moments, self.recipe, bias)
 
     def seconds(self, sites: Sequence[Site], probes: Sequence[float]) -> float:

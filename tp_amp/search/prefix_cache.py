@@ -200,6 +200,8 @@ class Prefix:
                 started.clear()
                 with suppress(Stop):
                     inputs.call(self.model)
+        if not wanted and not place:
+            self._first = []  # of the first batch alone; nothing is given again
         whole = all(len(outputs) == len(self._first) for outputs in done.values())
         fits = _bytes(self._given) + _bytes(done) <= self.limit
         self._inside = (site.down, done if whole and fits else {})
