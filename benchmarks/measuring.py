@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -69,9 +68,7 @@ class Bench:
         keep = {name: sorted(order[name][:width]) for name, width in widths.items()}
         key = json.dumps(keep)
         if key not in self._accuracy:
-            with ExitStack() as stack:
-                for mlp in self.mlps:
-                    stack.enter_context(narrowed(self.graph, mlp, keep[mlp.down]))
+            with narrowed(self.graph, {mlp: keep[mlp.down] for mlp in self.mlps}):
                 self._accuracy[key] = accuracy(self.model, self.images, self.labels, 64)
         return self._accuracy[key]
 

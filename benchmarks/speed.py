@@ -121,7 +121,7 @@ class Case:
     def probe(self) -> None:
         """One step of the width search: half of one MLP, over the same images."""
         mlp = self.mlps[0]
-        with narrowed(self.graph, mlp, range(mlp.width // 2)):
+        with narrowed(self.graph, {mlp: range(mlp.width // 2)}):
             mean_objective(self.model, self.batches, Objective("prediction"))
 
 

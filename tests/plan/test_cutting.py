@@ -51,7 +51,7 @@ def test_narrowed_equals_masked_dense_and_gives_the_parameters_back(
     keep = [2, 3, 11]
     expected = masked(model, {mlp.down: keep})(images())
     before = fingerprint(model)
-    with narrowed(graph, mlp, keep):
+    with narrowed(graph, {mlp: keep}):
         assert relative(model(images()), expected) < 1e-5
         assert model.get_submodule(mlp.down).in_features == 3
         assert all(model.get_submodule(up).out_features == 3 for up in mlp.up)
@@ -64,7 +64,7 @@ def test_narrowed_gives_back_after_an_error() -> None:
     before = fingerprint(model)
 
     def fails() -> None:
-        with narrowed(graph, mlp, [0]):
+        with narrowed(graph, {mlp: [0]}):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -76,6 +76,6 @@ def test_optimizer_state_survives_a_probe() -> None:
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     graph, mlp = traced(model)[0]
-    with narrowed(graph, mlp, [0]):
+    with narrowed(graph, {mlp: [0]}):
         pass
     assert optimizer.param_groups[0]["params"][0] is next(model.parameters())

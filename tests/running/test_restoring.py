@@ -16,7 +16,6 @@ import tp_amp
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import (
     evaluating,
-    forgetting,
     hooks,
     on_meta,
     replaced_forward,
@@ -93,19 +92,6 @@ def test_modes_and_flags_come_back_after_an_error() -> None:
     with evaluating(model, trainable=False):
         assert not any(p.requires_grad for p in model.parameters())
     assert fingerprint(model) == before
-
-
-def test_tensors_put_on_the_model_are_taken_off() -> None:
-    model = toy()
-    model.kept, model.number = torch.ones(2), 1
-    kept = model.kept
-    with forgetting(model):
-        model.kept = torch.zeros(2)
-        model.blocks[0].made = torch.zeros(2)
-        model.number = 2
-    assert model.kept is kept
-    assert not hasattr(model.blocks[0], "made")
-    assert model.number == 2  # no tensor
 
 
 def test_on_the_meta_device_tied_parameters_stay_tied_and_all_comes_back() -> None:

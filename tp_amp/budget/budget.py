@@ -181,7 +181,7 @@ def _costs(
     def costs(inputs: Inputs, _: Any) -> tuple[float, dict[str, float]]:
         dense, units = measure(model, inputs), {}
         for site in sites:
-            with narrowed(structure.graph, site, range(1, site.width)):
+            with narrowed(structure.graph, {site: range(1, site.width)}):
                 units[site.down] = dense - measure(model, inputs)
         return dense, units
 

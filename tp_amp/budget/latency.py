@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
 
 import numpy
 import torch
@@ -108,9 +107,7 @@ class Latency:
         return statistics.median(dense[_WARM_UP:]), medians
 
     def _seconds(self, keep: _Keep) -> float:
-        with ExitStack() as stack:
-            for site, kept in keep.items():
-                stack.enter_context(narrowed(self._graph, site, kept))
+        with narrowed(self._graph, keep):
             # Once for nothing: the weights were just written, or not used for a while.
             self._inputs.call(self._run)
             return seconds(self._run, self._inputs, self._device)

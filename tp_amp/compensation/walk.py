@@ -253,12 +253,10 @@ class _Walk:
     @contextmanager
     def _cut(self, layers: list[Layer]) -> Iterator[None]:
         """The model with some layers cut, and corrected where they have been fitted."""
+        cut = [*self.others, *(x.site for x in layers if x.site is not None)]
+        keep = {site: self.keep[site.down] for site in cut}
         with ExitStack() as stack:
-            for site in self.others:
-                stack.enter_context(narrowed(self.graph, site, self.keep[site.down]))
-            for layer in layers:
-                if layer.site is not None:
-                    stack.enter_context(narrowed(self.graph, layer.site, self.keep[layer.name]))
+            stack.enter_context(narrowed(self.graph, keep))
             for layer in layers:
                 if layer.name in self.corrections:
                     module = self.model.get_submodule(layer.name)

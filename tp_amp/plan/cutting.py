@@ -11,9 +11,9 @@ from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
 from tp_amp.running.checks import remade
+from tp_amp.running.snapshot import Snapshot, given_back
 from tp_amp.structure.attention.adapting import FORWARDS
 from tp_amp.structure.attention.heads import Attention, head_group
-from tp_amp.structure.groups import State, give_back, held_by
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.nodes import outputs
@@ -92,34 +92,32 @@ def _size(module: nn.Module | None, name: str, dim: int) -> int:
 @contextmanager
 def undone_after_errors(model: nn.Module) -> Iterator[None]:
     """Whatever stops what cuts a model for good, Ctrl-C too, the model has back what it held."""
-    saved = held_by(model.modules())
+    held = Snapshot(model)
     try:
         yield
     except BaseException:
-        give_back(saved)
+        held.restore()
         raise
 
 
 @contextmanager
-def narrowed(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[None]:
-    """Let an MLP run with only the channels `keep`, or an attention with those heads, in the block.
+def narrowed(graph: Any, keep: Mapping[Site, Sequence[int]]) -> Iterator[None]:
+    """Let MLPs run with only the channels to keep, and attentions with those heads, in the block.
 
-    Torch-Pruning cuts the layers; on exit they get back what they held: the same parameters with
-    their gradients, hooks and optimizer state, the same buffers, attributes and classes.
+    Torch-Pruning cuts the layers; on exit the model gets back what it held: the same parameters
+    with their gradients, hooks and optimizer state, the same buffers, attributes and classes.
 
     Raises:
         ValueError: no head of an attention is kept.
     """
-    group = _cutting_group(graph, site, _dropped(site, keep))
-    saved = _states(graph, site, group)
-    required = _required(saved)
-    try:
-        for item in group.items:
-            item.dep(item.idxs)
-        _require(required)
+    with given_back(graph.model):
+        for site, kept in keep.items():
+            group = _cutting_group(graph, site, _dropped(site, kept))
+            required = _required(group)
+            for item in group.items:
+                item.dep(item.idxs)
+            _require(required)
         yield
-    finally:
-        give_back(saved)
 
 
 def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
@@ -135,7 +133,7 @@ def cut(graph: Any, site: Site, keep: Sequence[int]) -> Iterator[Group]:
     if not drop:
         return
     group = _cutting_group(graph, site, drop)
-    required = _required(_states(graph, site, group))
+    required = _required(group)
     yield group
     _require(required)
 
@@ -178,19 +176,13 @@ def _dropped(site: Site, keep: Sequence[int]) -> list[int]:
     return sorted(set(range(site.width)) - set(keep))
 
 
-def _states(graph: Any, site: Site, group: Group) -> list[State]:
-    """All that a cut may change: of an attention, everything it holds."""
-    modules = [item.dep.target.module for item in group.items]
-    if isinstance(site, Attention):
-        modules = list(graph.model.get_submodule(site.name).modules())
-    return held_by(modules)
-
-
-def _required(states: list[State]) -> list[tuple[nn.Module, str, bool]]:
+def _required(group: Group) -> list[tuple[nn.Module, str, bool]]:
+    """Which parameters that a group may cut require a gradient; of an attention, all it holds."""
     return [
         (module, name, parameter.requires_grad)
-        for module, _, _, parameters, _ in states
-        for name, parameter in parameters.items()
+        for item in group.items
+        for module in item.dep.target.module.modules()
+        for name, parameter in module._parameters.items()
         if parameter is not None
     ]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tp_amp.running.snapshot import given_back
+
 if TYPE_CHECKING:
     from tp_amp.running.inputs import Inputs
 
@@ -22,16 +24,14 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
-    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore.
+    """Run in eval mode as `eval_mode` does; what forward passes put on the model is taken off."""
+    with given_back(model), eval_mode(model, trainable=trainable):
+        yield
 
-    What modules cache in dicts of theirs (LeViT its attention biases, with their graph) is dropped.
-    """
-    caches = [
-        (module, name, value, dict(value))
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if type(value) is dict and not name.startswith("_")
-    ]
+
+@contextmanager
+def eval_mode(model: nn.Module, *, trainable: bool) -> Iterator[None]:
+    """Run in eval mode with every parameter's `requires_grad` set to `trainable`, then restore."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -42,10 +42,6 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
                 parameter.requires_grad_(trainable)
         yield
     finally:
-        for module, name, cache, content in caches:
-            cache.clear()
-            cache.update(content)
-            setattr(module, name, cache)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
         for module, flag in training.items():
@@ -53,36 +49,12 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
 
 
 @contextmanager
-def forgetting(model: nn.Module) -> Iterator[None]:
-    """Take from the model's attributes what tensors a forward pass has put there."""
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, known in before:
-            for name, value in list(attributes.items()):
-                if not isinstance(value, Tensor) or value is known.get(name):
-                    continue
-                if name in known:
-                    attributes[name] = known[name]
-                else:
-                    del attributes[name]
-
-
-@contextmanager
 def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Let the model's tensors be shapes without values, so that a forward pass costs nothing.
 
     Yields:
-        The real parameter behind each stand-in. On exit every module has back what it held,
-        and nothing that it made meanwhile.
+        The real parameter behind each stand-in. On exit every module has back what it held.
     """
-    held: list[dict[str, Any]] = [
-        content
-        for module in model.modules()
-        for content in (vars(module), module._parameters, module._buffers, module._modules)
-    ]
-    saved = [dict(content) for content in held]
     stand_ins: dict[Any, Any] = {}
 
     def stand_in(tensor: Tensor) -> Any:
@@ -92,14 +64,11 @@ def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
             stand_ins[tensor] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
         return stand_ins[tensor]
 
-    try:
-        for content in held:
-            content |= {k: stand_in(v) for k, v in content.items() if isinstance(v, Tensor)}
+    with given_back(model):
+        for module in model.modules():
+            for content in (vars(module), module._parameters, module._buffers):
+                content |= {k: stand_in(v) for k, v in content.items() if isinstance(v, Tensor)}
         yield {new: old for old, new in stand_ins.items() if isinstance(old, nn.Parameter)}
-    finally:
-        for content, original in zip(held, saved, strict=True):
-            content.clear()
-            content.update(original)
 
 
 def shapes_first(
@@ -117,7 +86,7 @@ def shapes_first(
             return run(inputs.to("meta"), real)
     except Exception as error:
         logger.debug("the model fails on the meta device: %s", error)
-    with forgetting(model):
+    with given_back(model):
         return run(inputs, {})
 
 

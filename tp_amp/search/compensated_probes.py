@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,23 +109,26 @@ class Compensator:
     def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:
             moments = Halves(site.down)
-            for call, weights, second in self._calls(site, down):
-                hidden = call.inputs[:, site.first : site.first + site.width]
-                moments.add(hidden, hidden[:, :0], weights, second=second)
+            with closing(self._calls(site, down)) as calls:
+                for call, weights, second in calls:
+                    hidden = call.inputs[:, site.first : site.first + site.width]
+                    moments.add(hidden, hidden[:, :0], weights, second=second)
             self._moments = site.down, moments.merged(f"the moments of {site.down}")
         return self._moments[1]
 
     def _measured(self, site: Site, down: nn.Module, kept: list[int]) -> Halves:
         if self._targets is None or self._targets[0] != site.down:
-            self._targets = site.down, [call.outputs for call, _, _ in self._calls(site, down)]
+            with closing(self._calls(site, down)) as calls:
+                self._targets = site.down, [call.outputs for call, _, _ in calls]
         moments = Halves(site.down)
-        with narrowed(self.graph, site, kept):
-            calls = self._calls(site, down)
+        with narrowed(self.graph, {site: kept}), closing(self._calls(site, down)) as calls:
             for target, (call, weights, second) in zip(self._targets[1], calls, strict=True):
                 moments.add(call.inputs, target - call.outputs, weights, second=second)
         return moments.merged(f"the moments of {site.down}")
 
-    def _calls(self, site: Site, down: nn.Module) -> Iterator[tuple[Seen, Tensor | None, Tensor]]:
+    def _calls(
+        self, site: Site, down: nn.Module
+    ) -> Generator[tuple[Seen, Tensor | None, Tensor], None, None]:
         """What `down` reads and gives on each batch, the weights of tokens, and images' halves."""
         model: nn.Module = self.graph.model
         with observing(model, gradients=False):

@@ -138,7 +138,7 @@ class Prefix:
         """Run all batches up to a step; keep what the steps before it give, the last that fit."""
         self._given, self._first = {name: [] for name in self.steps[:place]}, []
         self._size = 0  # bytes in them
-        with ExitStack() as stack, self.passes() as passes:
+        with self.passes() as passes, ExitStack() as stack:
             stack.enter_context(self._first_seen())
             for name in self.steps[:place]:
                 keep = partial(self._keep, name)
@@ -178,7 +178,7 @@ class Prefix:
                 done.setdefault(name, []).append(stored(output))
 
         names = [name for name, module in block.named_modules() if name and _is_large(module)]
-        with ExitStack() as stack, self.passes() as passes:
+        with self.passes() as passes, ExitStack() as stack:
             if not place:
                 self._first = []
                 stack.enter_context(self._first_seen())

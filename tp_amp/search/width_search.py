@@ -308,6 +308,6 @@ class WidthSearch:
 
     def _cut(self, stack: ExitStack, site: Site, kept: list[int]) -> None:
         correction = self.compensator.correction(site, kept)
-        stack.enter_context(narrowed(self.graph, site, kept))
+        stack.enter_context(narrowed(self.graph, {site: kept}))
         if correction is not None:
             apply(self.graph.model.get_submodule(site.down), correction, site.first)

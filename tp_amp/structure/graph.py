@@ -19,7 +19,7 @@ from torch_pruning.pruner import function
 
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs, example, runner
-from tp_amp.running.restoring import evaluating, forgetting, hooks, on_meta, shapes_first
+from tp_amp.running.restoring import evaluating, hooks, on_meta, shapes_first
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
         forward_fn: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Build the graph as TP does; its hooks are taken off the model whatever happens."""
-        before = {module: set(module._forward_hooks) for module in model.modules()}
+        """Build the graph as TP does."""
         try:
             # TP's own call takes Ctrl-C for a failure, and calls the model in another way.
             return super().build_dependency(model, example_inputs, forward_fn or _call, **kwargs)
@@ -83,10 +82,6 @@ class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
                 raise
             logger.info("Torch-Pruning maps no indices on this model (%r); MLPs need none", error)
             return self
-        finally:
-            for module, known in before.items():
-                for key in set(module._forward_hooks) - known:
-                    del module._forward_hooks[key]
 
 
 def _call(model: nn.Module, example_inputs: Any) -> Any:
@@ -214,10 +209,11 @@ def _trace(
     once = _has_no_values(model)
     with evaluating(model, trainable=False):
         reads_images = _record_readers(model, inputs, recorded if once else run)
+    modules = set(model.modules())
     with evaluating(model, trainable=True):
-        # Torch-Pruning leaves its hooks behind if the forward pass fails, so fail before it.
         if not once:
             recorded()
+        _tell_late(model, modules)
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
         graph = build(raw, customized_pruners=per_channel_pruners(model))
@@ -233,11 +229,27 @@ def _again(
     model: nn.Module, run: Callable[[], Any], *, without_values: bool
 ) -> Iterator[Callable[[], Any]]:
     with ExitStack() as stack:
-        # The stand-ins take with them what a forward pass leaves behind.
-        stack.enter_context(on_meta(model) if without_values else forgetting(model))
+        if without_values:
+            stack.enter_context(on_meta(model))
         stack.enter_context(evaluating(model, trainable=False))
         stack.enter_context(torch.no_grad())
         yield run
+
+
+def _tell_late(model: nn.Module, known: set[nn.Module]) -> None:
+    """Warn of layers that the model has built in this forward pass: they are taken off again."""
+    late = [
+        name
+        for name, module in model.named_modules()
+        if module not in known and next(module.parameters(recurse=False), None) is not None
+    ]
+    if late:
+        logger.warning(
+            "%s builds %s in its first forward pass, with weights that are drawn then, so that "
+            "they can't be pruned; call the model once before",
+            type(model).__name__,
+            ", ".join(late),
+        )
 
 
 def _record_values(
@@ -247,7 +259,6 @@ def _record_values(
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluating(model, trainable=True),
-        forgetting(model),
     ):
         return _record_calls(model, inputs, runner(model, forward_fn))
 

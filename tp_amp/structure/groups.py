@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,25 +36,6 @@ def make_group(graph: Any, layers: list[tuple[str, Any, list[int]]], roots: list
         item.root_idxs = roots * (len(indices) // max(1, len(roots)))
         group._group.append(item)
     return group
-
-
-State = tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any], dict[str, Any]]
-
-
-def held_by(modules: Iterable[nn.Module]) -> list[State]:
-    """All that cuts may change of some modules: classes, attributes, parameters and buffers."""
-    return [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
-
-
-def give_back(states: list[State]) -> None:
-    """Let modules hold again what they held."""
-    for module, own, attributes, parameters, buffers in states:
-        module.__class__ = own
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        for held, saved in ((module._parameters, parameters), (module._buffers, buffers)):
-            held.clear()
-            held.update(saved)
 
 
 _SIDES: dict[Any, Literal["in", "out"]] = {

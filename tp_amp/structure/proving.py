@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 
 from tp_amp.structure.graph import TracedGraph
-from tp_amp.structure.groups import give_back, held_by
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,6 @@ def _error(mlps: Sequence[MLP], traced: TracedGraph) -> Exception | None:
     """How the model fails with one channel less of each MLP."""
     with traced.again() as run:
         groups = [mlp_group(traced.graph, mlp, [mlp.width - 1]) for mlp in mlps]
-        saved = held_by({item.dep.target.module for group in groups for item in group.items})
         try:
             for group in groups:
                 for item in group.items:
@@ -54,6 +52,4 @@ def _error(mlps: Sequence[MLP], traced: TracedGraph) -> Exception | None:
             run()
         except Exception as error:
             return error
-        finally:
-            give_back(saved)
     return None

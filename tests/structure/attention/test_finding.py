@@ -62,7 +62,7 @@ def check(model: nn.Module, inputs: Any, counts: tuple[int, int]) -> None:
     with torch.no_grad():
         dense = run(model, inputs)
         before = snapshot(model)
-        with narrowed(graph, found[0], keep[found[0].down]):
+        with narrowed(graph, {found[0]: keep[found[0].down]}):
             once = run(model, inputs)
         assert snapshot(model) == before
         assert torch.equal(run(model, inputs), dense)

@@ -1,0 +1,82 @@
+"""All that a model holds comes back, whatever was done to it meanwhile."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lazy_models import TOYS, contents, lazy_toy
+from torch import nn
+from toys import ToyViT, images, toy
+
+from tp_amp.running.snapshot import given_back
+
+
+@pytest.mark.parametrize("kind", TOYS)
+def test_what_a_first_pass_installs_is_taken_off_as_a_whole(kind: type[ToyViT]) -> None:
+    model, other = lazy_toy(kind), lazy_toy(kind)
+    before = contents(model)
+    with given_back(model):
+        first = model(images())
+        assert contents(model) != before
+        torch.testing.assert_close(model(images()), first)
+    assert contents(model) == before
+    torch.testing.assert_close(model(images()), other(images()))
+
+
+def test_containers_objects_and_values() -> None:
+    model = toy()
+    model.register_buffer("count", torch.zeros(2))
+    model.table, model.queue, model.names = torch.ones(3), deque([1, 2], maxlen=4), {"a"}
+    model.nested = {"list": [[1], (SimpleNamespace(inner=SimpleNamespace(value=1)),)]}
+    model.order = OrderedDict(a=1, b=2)
+    model.unregistered = [nn.Linear(2, 2)]
+    table, weight = model.table, model.unregistered[0].weight
+    with given_back(model):
+        model.count.add_(1)
+        model.table.fill_(float("nan"))
+        model.queue.append(3)
+        model.names.add("b")
+        model.nested["list"][0].append(2)
+        model.nested["list"][1][0].inner.value = 2
+        model.order.move_to_end("a")
+        model.unregistered[0].weight = nn.Parameter(torch.zeros(1, 2))
+        model.made = model.nested.pop("list")
+        del model.head
+    assert model.count.tolist() == [0, 0]
+    assert model.table is table
+    assert table.tolist() == [1, 1, 1]
+    assert (list(model.queue), model.queue.maxlen, model.names) == ([1, 2], 4, {"a"})
+    assert model.nested["list"][0] == [1]
+    assert model.nested["list"][1][0].inner.value == 1
+    assert list(model.order) == ["a", "b"]
+    assert model.unregistered[0].weight is weight
+    assert not hasattr(model, "made")
+    assert isinstance(model.head, nn.Linear)
+
+
+def test_a_graph_made_before_can_still_be_run_back() -> None:
+    """Values are put back without a new version of the tensor."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(2))
+    with given_back(model):
+        loss = (model(torch.ones(1, 2)) * model.scale).sum()
+        model.scale.data.fill_(2)
+    loss.backward()
+    assert model.scale.tolist() == [1, 1]
+
+
+def test_after_an_error() -> None:
+    model = lazy_toy(TOYS[0])
+    before = contents(model)
+
+    def fails() -> None:
+        with given_back(model):
+            model(images())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert contents(model) == before

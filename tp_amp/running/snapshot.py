@@ -1,0 +1,114 @@
+"""What a model holds at one moment, and the way back to it."""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What holds no state of a model, though it has attributes.
+_NO_STATE = (type, types.FunctionType, types.MethodType, types.ModuleType, Enum, Tensor)
+_HOLD_NOTHING = {str, int, float, bool, bytes, type(None), nn.Parameter}
+_CONTAINERS = (dict, list, set, deque)
+_OBJECTS = 2  # a configuration, and one inside it
+
+
+class Snapshot:
+    """What the modules of a model hold, down to the contents of their containers.
+
+    A first forward pass may install a hook on one module, note that on another or in their
+    configuration, and keep what it has computed in a buffer or a dict of a third. Taken back in
+    part, it would come twice or never again; here all of it is taken back: classes (which
+    parametrizations change), attributes, parameters, buffers, submodules, hooks, the contents of
+    dicts, lists and sets, attributes of plain objects, and the values of buffers and tensors that
+    are no parameters. Parameters are the same objects afterwards; their values are not looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._contents: list[tuple[Any, Any]] = []  # a container, and a copy of it
+        self._empty: list[Any] = []  # containers without content: most dicts of hooks
+        self._values: list[tuple[Tensor, Tensor]] = []
+        seen: set[int] = set()
+        rest: list[tuple[Any, int]] = [(model, 0)]
+        while rest:
+            value, depth = rest.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, _CONTAINERS) and not value:
+                self._empty.append(value)
+            else:
+                rest += self._take(value, depth)
+
+    def _take(self, value: Any, depth: int) -> list[tuple[Any, int]]:
+        """Remember a value; give what it holds, with how many plain objects it lies in."""
+        if isinstance(value, nn.Module):
+            self._classes.append((value, type(value)))
+            return [(vars(value), depth)]
+        if isinstance(value, dict):
+            self._contents.append((value, dict(value)))
+            return [(held, depth) for held in value.values() if type(held) not in _HOLD_NOTHING]
+        if isinstance(value, _CONTAINERS):
+            self._contents.append((value, list(value)))
+            return [(held, depth) for held in value if type(held) not in _HOLD_NOTHING]
+        if isinstance(value, tuple):
+            return [(held, depth) for held in value if type(held) not in _HOLD_NOTHING]
+        if isinstance(value, Tensor):
+            if _can_be_copied(value):
+                self._values.append((value, value.detach().clone()))
+            return []
+        attributes = getattr(value, "__dict__", None)
+        if depth < _OBJECTS and isinstance(attributes, dict) and not isinstance(value, _NO_STATE):
+            return [(attributes, depth + 1)]
+        return []
+
+    def restore(self) -> None:
+        """Give all of it back."""
+        for module, own in self._classes:
+            if type(module) is not own:
+                module.__class__ = own
+        for content in self._empty:
+            if content:
+                content.clear()
+        for content, held in self._contents:
+            _restore(content, held)
+        for tensor, value in self._values:
+            # `data`, for autograd graphs that hold the tensor.
+            if tensor.shape != value.shape:
+                tensor.data = value
+            elif not torch.equal(tensor.detach(), value):
+                tensor.data.copy_(value)
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Whatever is put on a model meanwhile, by a first forward pass say, is taken off as a whole.
+
+    Contexts end in the reverse order of their start: what was changed before this one ends later.
+    """
+    held = Snapshot(model)
+    try:
+        yield
+    finally:
+        held.restore()
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _restore(content: Any, held: Any) -> None:
+    same = len(held) == len(content) and all(map(operator.is_, held, content))
+    if isinstance(content, dict):
+        same = same and all(map(operator.is_, held.values(), content.values()))
+    if not same:
+        content.clear()
+        (content.extend if isinstance(content, (list, deque)) else content.update)(held)
