@@ -207,13 +207,18 @@ def own_downs(spec: Spec) -> set[str]:
     operations or tell a scale's dimension, a dead ReLU leaves nothing to judge by.
     """
     found = set()
-    for place, block in enumerate(effective(spec).blocks):
+    blocks = effective(spec).blocks
+    starts = [max(i for i in range(n + 1) if blocks[i].reuse == "none") for n in range(len(blocks))]
+    # Blocks that hold the same parameters as another of the same start are left whole.
+    apart = {start for start, block in zip(starts, blocks, strict=True) if block.reuse == "tied"}
+    tied = {place for place, start in enumerate(starts) if start in apart}
+    for place, block in enumerate(blocks):
         for index, mlp in enumerate(block.mlps):
             places = 2 if spec.convolutional else TOKENS
             judged = mlp.kind == "packed" or mlp.inner == "rms"
             judged |= mlp.inner == "scale" and mlp.hidden == places
             dead = judged and mlp.activation == "relu"
-            if block.reuse != "shared" and mlp.hidden > 1 and not dead:
+            if block.reuse != "shared" and place not in tied and mlp.hidden > 1 and not dead:
                 found.add(f"blocks.{place}.mlps.{index}.down")
     return found
 

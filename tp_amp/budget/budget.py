@@ -95,6 +95,11 @@ class Budget:
     def check(self, smallest: Mapping[str, int]) -> None:
         """Raise ValueError with the reachable range if the target is out of it."""
         least = self.cost(smallest)
+        if least > self.dense * (1 + _NOISE):
+            raise ValueError(
+                f"cutting makes the model no smaller: it has {self.dense:.4g} {self.unit}, "
+                f"and {least:.4g} with the smallest widths {dict(smallest)}; allow smaller ones"
+            )
         if (1 - _NOISE) * least <= self.amount < least:
             self.amount = least  # sums of the same numbers in another order
         if not least <= self.amount <= self.dense:

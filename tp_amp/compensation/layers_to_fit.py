@@ -13,6 +13,7 @@ from tp_amp.compensation.recipe import Recipe
 from tp_amp.plan.cutting import site_group
 from tp_amp.running.checks import remade
 from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.running.watching import calls_in_order, routed_layers
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
@@ -85,8 +86,11 @@ def layers_to_fit(
     opening = {*cut, *(up for site in sites for up in site.up if recipe.refine)}
     first = next(place for place, name in enumerate(called) if name in opening)
     last = max(place for place, name in enumerate(called) if name in cut)
-    layers = []
+    layers, shared = [], shared_parameters(model)
     for name in called[first : last + 1]:
+        if reason := told_apart(shared, [name]):
+            logger.warning("%s is not fitted: %s", name, reason)
+            continue
         if counts[name] > 1:
             logger.warning("%s is called %d times and is not fitted", name, counts[name])
             continue

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from tp_amp.running.arguments import check_number
 from tp_amp.running.checks import check_model
 from tp_amp.structure.attention.blocks import auxiliary, find_attention_blocks, heads
-from tp_amp.structure.groups import GroupLayer, channel_weights, root_name, sum_channels
+from tp_amp.structure.groups import GroupLayer, channel_weights, keeps_ties, root_name, sum_channels
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class DIMAPImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             ValueError: weights are not finite, or their squares.
         """
+        if not keeps_ties(group):
+            return None
         energy, _ = sum_channels(group, _energy)
         if energy is None:
             logger.warning(

@@ -24,7 +24,7 @@ from tp_amp.running.distributed import check_same_weights, in_turns, together, w
 from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.timing import BatchWatch
-from tp_amp.structure.groups import GroupLayer, group_layers, sum_in_channels
+from tp_amp.structure.groups import GroupLayer, group_layers, keeps_ties, sum_in_channels
 from tp_amp.structure.observing import observing
 
 logger = logging.getLogger(__name__)
@@ -241,6 +241,8 @@ class EntropyTaylorImportance(tp.importance.TaylorImportance):  # type: ignore[m
             ValueError: neither scores nor gradients are there, scores are of another width than
                 the layer (it was pruned since), or a score is not finite.
         """
+        if not keeps_ties(group):
+            return None
         model = group._DG.model
         readers = {layer.name for layer in group_layers(group) if layer.side == "in"}
         if self._layers and readers and readers <= set(self._layers):

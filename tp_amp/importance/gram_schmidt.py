@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor
 
 from tp_amp.importance.global_ranking import warn_of_global_ranking
-from tp_amp.structure.groups import GroupLayer, group_layers, root_name, root_weights
+from tp_amp.structure.groups import GroupLayer, group_layers, keeps_ties, root_name, root_weights
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class GramSchmidtImportance(tp.importance.Importance):  # type: ignore[misc]
             ValueError: weights are not finite.
         """
         warn_of_global_ranking(self)
+        if not keeps_ties(group):
+            return None
         layers = list(group_layers(group))
         if all(layer.side == "in" for layer in layers):
             logger.warning(

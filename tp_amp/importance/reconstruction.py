@@ -21,7 +21,7 @@ from tp_amp.running.arguments import check_flags, check_names
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.fingerprints import Fingerprint
-from tp_amp.structure.groups import group_layers
+from tp_amp.structure.groups import group_layers, keeps_ties
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,8 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
         """Score the root channels of a group, `(root channels,)`; None where no layer is known."""
+        if not keeps_ties(group):
+            return None
         for layer in group_layers(group):
             if layer.side != "in" or not _is_projection(layer.module):
                 continue

@@ -11,6 +11,7 @@ from torch import nn
 
 from tp_amp.plan.cutting import check_fits, cut_all, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 
@@ -92,8 +93,11 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
             raise TypeError(f"the plan must keep a list of whole numbers of {down}, found {kept!r}")
     known = knows_sites(plan)
     sites = plan.sites if known else structure.sites(plan.keep)
+    shared = shared_parameters(structure.model)
     for down, kept in plan.keep.items():
         site = sites[down]
+        if reason := told_apart(shared, (*site.up, *site.inner, down)):
+            raise ValueError(f"the plan names {down}, which can't be cut: {reason}")
         if plan.dense_widths.get(down, site.width) != site.width:
             raise ValueError(
                 f"{down} has {site.width} {site.units}, the plan was made for "

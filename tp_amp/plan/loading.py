@@ -137,7 +137,7 @@ def _load(model: nn.Module, path: Path) -> None:
         added = f"{name}.bias" in stored and own.get("weight") is not None
         if added and own.get("bias") is None:
             own["bias"] = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
-    # One tensor under several names is stored once, unless compensation gave each its own values.
+    # One tensor under several names is stored once.
     names: dict[Any, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         known = tensor.numel() > 0 and not tensor.is_meta
@@ -145,11 +145,6 @@ def _load(model: nn.Module, path: Path) -> None:
         names.setdefault(place, []).append(name)
     for same in names.values():
         held = [name for name in same if name in stored]
-        for name in held[1:]:
-            parent, _, leaf = name.rpartition(".")
-            parameters = model.get_submodule(parent)._parameters
-            if parameters.get(leaf) is not None:
-                parameters[leaf] = nn.Parameter(parameters[leaf].detach().clone())  # type: ignore[union-attr]
         stored |= {name: stored[held[0]] for name in same if held and name not in held}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in stored.items()}

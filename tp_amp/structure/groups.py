@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from torch_pruning import _helpers
 from torch_pruning.dependency import Dependency, Group, Node
 from torch_pruning.pruner import function
+
+from tp_amp.running.ties import shared_parameters, told_apart
+
+logger = logging.getLogger(__name__)
 
 
 def make_group(graph: Any, layers: list[tuple[str, Any, list[int]]], roots: list[int]) -> Group:
@@ -80,6 +85,16 @@ def group_layers(group: Any) -> Iterator[GroupLayer]:
             )
         roots = list(map(places.__getitem__, item.root_idxs))
         yield GroupLayer(name, module, side, list(item.idxs), roots)
+
+
+def keeps_ties(group: Any) -> bool:
+    """Whether a group can be cut without taking shared parameters apart; if not, that is logged."""
+    model = group._DG.model
+    names = {group._DG._module2name.get(item.dep.target.module) for item in group.items}
+    reason = told_apart(shared_parameters(model), [name for name in names if name is not None])
+    if reason:
+        logger.warning("no score for the group of %s: %s", root_name(group), reason)
+    return reason is None
 
 
 def _channels(module: Any, side: Literal["in", "out"]) -> int:

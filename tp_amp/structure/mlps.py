@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from tp_amp.running.checks import remade
+from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.adapters import adapted_layer
 from tp_amp.structure.fused import FusedParts, fused_parts
 from tp_amp.structure.graph import TracedGraph, build_graph
@@ -30,8 +31,8 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     output channels reach one Linear (or 1x1 convolution), each channel on its own but for norms
     and depthwise convolutions. The graph proposes; gradients decide: between one layer and the
     next, a channel must depend on the same channel at one place, and on no other. What is left out
-    is logged at DEBUG level with the reason. Frozen parameters are found too; the model is left as
-    it was.
+    is logged at DEBUG level with the reason, and as a warning where layers share a parameter with
+    others. Frozen parameters are found too; the model is left as it was.
 
     Args:
         model: any module that Torch-Pruning can trace.
@@ -78,6 +79,12 @@ def read_mlps(
     _check_merged(traced, adapters, names)
     for fused in fused_parts(model):
         found[fused.down] = _check_fused(fused, traced, names)
+    shared = shared_parameters(model)
+    for down, mlp in list(found.items()):
+        if tied := told_apart(shared, (*mlp.up, *mlp.inner, mlp.down)):
+            logger.warning("the MLP %s stays whole: %s", mlp.name, tied)
+            del found[down]
+            reasons |= {model.get_submodule(name): tied for name in (*mlp.up, mlp.down)}
     failed = failures(list(found.values()), traced)
     for mlp in [found.pop(model.get_submodule(down)) for down in failed]:
         reasons |= dict.fromkeys(map(model.get_submodule, mlp.up), failed[mlp.down])

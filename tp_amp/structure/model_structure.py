@@ -108,6 +108,8 @@ class ModelStructure:
         for name in names:
             if name not in found:
                 kept = f"; attentions that can lose no heads: {reasons}" if reasons else ""
+                layer: Any = dict(self.model.named_modules()).get(name)
+                kept += f"; as an MLP: {self.reasons[layer]}" if layer in self.reasons else ""
                 raise ValueError(
                     f"{name} is neither an MLP of this model nor an attention; they are "
                     f"{list(found)}{kept}"

@@ -13,6 +13,7 @@ from torch import nn
 from tp_amp.running.checks import check_model, remade
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
+from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
 from tp_amp.structure.attention.checking import checked
 from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
@@ -100,15 +101,20 @@ def read_attentions(
     if any(parameter.is_meta for parameter in model.parameters()):
         reason = "heads are checked by values, and the model is on the meta device without any"
         return [], dict.fromkeys(names, reason)
+    shared = shared_parameters(model)
     with torch.inference_mode(False), evaluating(model, trainable=False):
         calls = _record(model, owners, example_inputs, forward_fn)
         for name in names:
             try:
                 attention = _read(model, name, calls, counts)
+                layers = [*attention.up, attention.down]
+                layers += [tensor.path.rpartition(".")[0] for tensor in attention.tensors]
+                if tied := told_apart(shared, layers):
+                    raise CannotCut(tied)
                 found[attention.name] = attention
-            except CannotCut as reason:
-                reasons[name] = str(reason)
-                logger.debug("%s can't lose heads: %s", name, reason)
+            except CannotCut as error:
+                reasons[name] = str(error)
+                logger.debug("%s can't lose heads: %s", name, error)
     return [found[name] for name in calls if name in found], reasons
 
 
