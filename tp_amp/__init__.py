@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tp_amp.reports.comparison import Comparison as Comparison
     from tp_amp.reports.numbers import Measurement as Measurement
     from tp_amp.reports.report import Report as Report
+    from tp_amp.running.batches import pick_inputs as pick_inputs
     from tp_amp.running.batches import split_batches as split_batches
     from tp_amp.running.timing import Estimate as Estimate
     from tp_amp.search.adaptive_pruner import AdaptiveMLPPruner as AdaptiveMLPPruner
@@ -77,6 +78,7 @@ _MODULES = {
     "load_pruned": "plan.loading",
     "measure": "evaluation.measuring",
     "mlp_ratio_widths": "budget.mlp_widths",
+    "pick_inputs": "running.batches",
     "plan_for_target": "budget.target_plan",
     "plan_from_importance": "plan.ranking",
     "pruning_ratio_dict": "budget.mlp_widths",

@@ -40,7 +40,7 @@ class Around(nn.Module):
 
 def place_of(model: nn.Module, name: str, x: Tensor, weights: Tensor | None = None) -> Place | None:
     with torch.no_grad():
-        return find_place(model, model, name, Inputs((x,)), weights)
+        return find_place(model, model, name, Inputs((x,)), lambda tokens: weights)
 
 
 def tokens(seed: int = 0) -> Tensor:

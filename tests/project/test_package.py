@@ -55,6 +55,7 @@ def test_public_names_are_these() -> None:
         "measure",
         "measure_both",
         "mlp_ratio_widths",
+        "pick_inputs",
         "plan_for_target",
         "plan_from_importance",
         "pruning_ratio_dict",

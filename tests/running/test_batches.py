@@ -79,3 +79,30 @@ def test_stream_reads_an_iterable_once() -> None:
 
     assert len(list(stream(Batches(), toy(), description="", progress=True))) == 2
     assert len(starts) == 1
+
+
+def test_images_are_picked_by_key_or_function() -> None:
+    model, x, y = toy(), images(6), torch.arange(6) % 5
+    loader = [{"img": x, "target": y, "path": ["a"] * 6}]
+    plain = tp_amp.EntropyTaylorImportance().collect(model, [x]).scores
+    for key in ("img", lambda batch: (batch["img"], batch["target"])):
+        picked = tp_amp.pick_inputs(loader, key)
+        assert len(picked) == 1  # type: ignore[arg-type]
+        found = tp_amp.EntropyTaylorImportance().collect(model, picked).scores
+        assert all(torch.equal(scores, plain[name]) for name, scores in found.items())
+        assert tp_amp.measure(model, picked, repeats=1).labelled_images == 6
+
+
+def test_a_key_that_is_not_there_is_told_with_those_that_are() -> None:
+    model, x = toy(), images(2)
+    loader = [{"img": x, "path": ["a", "b"]}]
+    with pytest.raises(ValueError, match=r"no key 'image'; its keys are \['img', 'path'\]"):
+        list(tp_amp.pick_inputs(loader, "image"))
+    with pytest.raises(TypeError, match="a batch is a Tensor, not a dict with the key 'img'"):
+        list(tp_amp.pick_inputs([x], "img"))
+    with pytest.raises(ValueError, match=r"the keys \['img', 'path'\].*pick_inputs"):
+        tp_amp.EntropyTaylorImportance().collect(model, loader)
+    with pytest.raises(TypeError, match=r"under the keys \['path'\].*pick_inputs"):
+        tp_amp.EntropyTaylorImportance().collect(model, [{"path": ["a"]}])
+    with pytest.raises(TypeError, match="an iterable of batches"):
+        tp_amp.pick_inputs(x, "img")

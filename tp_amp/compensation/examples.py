@@ -89,7 +89,7 @@ class Tokens:
         self._inputs = torch.cat([x.inputs.args[0].flatten(0, -2) for x in examples])
         self._targets = torch.cat([example.targets for example in examples])
         self._weights = None
-        if examples[0].weights is not None:
+        if any(example.weights is not None for example in examples):  # of padding, in some
             self._weights = torch.cat([_given(example) for example in examples])
         judging = _judging(examples).to(first.device)
         self._held = judging.nonzero().flatten()

@@ -15,9 +15,10 @@ from tp_amp.algebra.held_out import best_correction
 from tp_amp.algebra.moments import Halves
 from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import place_sensitivity
+from tp_amp.importance.sensitivity import place_sensitivity, repeated
 from tp_amp.running.arguments import check_flags, check_number, check_whole
 from tp_amp.running.inputs import Inputs
+from tp_amp.running.padding import valid_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +148,24 @@ def tell_few(names: Sequence[str]) -> None:
         )
 
 
-def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
-    """The weight of each token of a batch, in one row, where the caller gives them."""
-    if not callable(recipe.token_weights):
-        return None
-    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+def token_weights(
+    recipe: Recipe, model: nn.Module, batch: Inputs, places: Tensor | None, tokens: int
+) -> Tensor | None:
+    """The weight of each token of a batch that a layer reads; None where all weigh the same.
+
+    Args:
+        recipe: with the weights that the caller gives, which count alone.
+        model: that the batch is for.
+        batch: maybe with a mask, which says that padding weighs nothing.
+        places: the weight of each place of an image at the layer, if they differ.
+        tokens: that the layer reads.
+    """
+    if callable(recipe.token_weights):
+        return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+    weights, valid = repeated(places, tokens), valid_tokens(batch, model, tokens)
+    if weights is None or valid is None:
+        return valid if weights is None else weights
+    return weights * valid.to(weights)
 
 
 def place_weights(

@@ -58,7 +58,7 @@ def find_place(
     model: nn.Module,
     name: str,
     inputs: Inputs,
-    weights: Tensor | None = None,
+    weights: Callable[[int], Tensor | None] = lambda tokens: None,
 ) -> Place | None:
     """Find where a layer writes to a residual stream: by running a part of the model twice.
 
@@ -72,7 +72,8 @@ def find_place(
         model: holds the layer.
         name: path of the layer in the model.
         inputs: of the module.
-        weights: maybe, of the layer's tokens `(tokens,)`; what padding holds must not matter.
+        weights: takes how many tokens the layer gives and gives their weights `(tokens,)`, or None;
+            what padding holds must not matter.
 
     Returns:
         The first such place; None where the layer writes to no stream.
@@ -80,7 +81,8 @@ def find_place(
     run = partial(_written_and_read, module, model, name, inputs)
     output, with_it = run(zeroed=False)
     without = dict(run(zeroed=True)[1])
-    seen = torch.arange(len(output)) if weights is None else weights.nonzero().flatten()
+    known = weights(len(output))
+    seen = torch.arange(len(output)) if known is None else known.nonzero().flatten()
     output = output[seen.to(output.device)]
     for place, state in with_it:
         if place not in without:

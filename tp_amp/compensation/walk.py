@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,19 @@ from tp_amp.compensation.recipe import (
     Recipe,
     applied,
     corrected,
-    given_weights,
     place_weights,
     read_objective,
     tell_few,
+    token_weights,
 )
 from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
 from tp_amp.compensation.stream import Place, find_place
-from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
 from tp_amp.running.distributed import together
 from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.padding import images_alone
 from tp_amp.running.shelf import Held, Shelf
 from tp_amp.running.watching import called_with, first_tensor, watch
 from tp_amp.structure.chain import Step
@@ -122,9 +123,9 @@ class _Walk:
         self.others = others  # cut and not fitted
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
-        self.given, self.places = [given_weights(recipe, batch) for batch in inputs], places
+        self.batches, self.places = inputs, places
         self.costs = costs
-        self.second = [in_second_half(batch.tensors()[0]) for batch in inputs]
+        self.second = [in_second_half(images_alone(batch)) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
         self.shelf = shelf
@@ -182,7 +183,8 @@ class _Walk:
         if layer.outputs is not None:
             return None
         inputs = _inputs(step, self.dense[0])
-        return find_place(module, self.model, layer.name, inputs, self.given[0])
+        weights = partial(self._weights, layer, self.batches[0])
+        return find_place(module, self.model, layer.name, inputs, weights)
 
     def _fit(
         self,
@@ -199,7 +201,7 @@ class _Walk:
             inputs = _inputs(step, state)
             seen, _ = watch(module, self.model, layer.name, inputs, stop=True, later=later)
             hidden = layer.inputs(seen.inputs, self.keep)
-            weights = self._weights(layer, self.given[batch], len(hidden))
+            weights = self._weights(layer, self.batches[batch], len(hidden))
             given = seen.outputs if seen.later is None else seen.later
             residuals = targets[batch].get() - given
             if place:
@@ -214,8 +216,8 @@ class _Walk:
         found = corrected(layer.name, halves, self.recipe, bias)
         return place.as_output(found) if place else found
 
-    def _weights(self, layer: Layer, given: Tensor | None, tokens: int) -> Tensor | None:
-        return repeated(self.places.get(layer.name), tokens) if given is None else given
+    def _weights(self, layer: Layer, batch: Inputs, tokens: int) -> Tensor | None:
+        return token_weights(self.recipe, self.model, batch, self.places.get(layer.name), tokens)
 
     def _refine(
         self,
@@ -236,7 +238,7 @@ class _Walk:
             Example(
                 inputs,
                 target,
-                self._weights(layer, self.given[batch], len(target)),
+                self._weights(layer, self.batches[batch], len(target)),
                 len(self.second[batch]),
             )
             for batch, (inputs, target) in enumerate(

@@ -12,6 +12,8 @@ from tp_amp.algebra.moments import Halves
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.distributed import together
 from tp_amp.running.fingerprints import in_second_half
+from tp_amp.running.inputs import Inputs
+from tp_amp.running.padding import images_alone, valid_tokens
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.observing import observing
 
@@ -32,13 +34,14 @@ def hidden_moments(
         ValueError: a layer is never called.
     """
     moments = {name: Halves(name) for name in layers}
-    second = torch.zeros(1, dtype=torch.bool)
+    batch, second = Inputs(), torch.zeros(1, dtype=torch.bool)
 
     def watch(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             values = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
             hidden = values.reshape(-1, values.shape[-1])
-            moments[name].add(hidden, hidden[:, :0], second=second)
+            weights = valid_tokens(batch, model, len(hidden))
+            moments[name].add(hidden, hidden[:, :0], weights, second=second)
 
         return add
 
@@ -47,9 +50,9 @@ def hidden_moments(
         observing(model, gradients=False),
         hooks(model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in layers),
     ):
-        for inputs in stream(batches, model, description="covariances", progress=progress):
-            second = in_second_half(inputs.tensors()[0])
-            inputs.call(model)
+        for batch in stream(batches, model, description="covariances", progress=progress):
+            second = in_second_half(images_alone(batch))
+            batch.call(model)
         moments = {name: m.merged(f"the moments of {name}") for name, m in moments.items()}
     for name, collected in moments.items():
         if not collected.channels:

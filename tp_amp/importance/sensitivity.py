@@ -179,10 +179,11 @@ def _gradients(
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
+            leaf = output if output.requires_grad else output.detach().requires_grad_()
             if first_run:  # else a block is run again in the backward pass
-                outputs[name] = output
-            return output
+                outputs[name] = leaf
+            # Positions may be added in place, which a leaf does not allow.
+            return output if leaf is output else leaf.clone()
 
         return hook
 

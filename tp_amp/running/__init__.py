@@ -1,12 +1,13 @@
 """How is a model run, and given back as it was?
 
 `checks` refuses models that can't be worked on and `arguments` values that no option takes.
-`inputs` turns what a loader yields into arguments of the model, `batches` reads a loader,
-`fingerprints` knows tensors again and `ties` parameters that layers share, `restoring` holds the
-context managers that give flags, hooks, attributes and random state back, `snapshot` is what they
-go back to, and `watching` reads what single layers are called with. `distributed` lets several
-processes act as one, `checkpoint` and `atomic_files` keep what a long run has done, `shelf` holds
-what it needs between its steps, and `timing` tells what it will take.
+`inputs` turns what a loader yields into arguments of the model, `padding` knows which tokens are
+none, and `batches` reads a loader. `fingerprints` knows tensors again and `ties` parameters that
+layers share. `restoring` holds the context managers that give flags, hooks, attributes and random
+state back, `snapshot` is what they go back to, and `watching` reads what single layers are called
+with. `distributed` lets several processes act as one, `checkpoint` and `atomic_files` keep what a
+long run has done, `shelf` holds what it needs between its steps, and `timing` tells what it will
+take.
 """
 
 # What other folders import; every other module here is private to the folder.
@@ -19,6 +20,7 @@ __all__ = [
     "distributed",
     "fingerprints",
     "inputs",
+    "padding",
     "restoring",
     "shelf",
     "snapshot",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tp_amp.running.arguments import check_number
 from tp_amp.running.distributed import is_first
-from tp_amp.running.inputs import Inputs, prepare
+from tp_amp.running.inputs import Inputs, labels_of, prepare
 
 
 def stream(
@@ -94,6 +94,59 @@ def split_batches(
         parts = _cut(order, calibration, "images")
         return _subset_loader(batches, parts[0]), _subset_loader(batches, parts[1])
     return _cut(list(batches), calibration, "batches")
+
+
+def pick_inputs(batches: Iterable[Any], key: str | Callable[[Any], Any]) -> Iterable[Any]:
+    """Pick the images out of batches of another form than those that are understood.
+
+    Args:
+        batches: that are dicts, or anything if `key` is callable; read again each time.
+        key: of the images in each batch; labels under their usual names (`"label"`, `"labels"`,
+            `"target"`, `"targets"`) go along. Or takes a batch and gives one that is understood: a
+            tensor of images, a tuple of images and labels, or a dict of the model's arguments.
+
+    Returns:
+        Batches for every function that takes some; as long as `batches`, where that has a length.
+
+    Raises:
+        TypeError: `batches` can't be iterated, or, while they are read, one is no dict.
+        ValueError: while they are read, a batch has no such key; those it has are named.
+
+    Example:
+        >>> import torch, tp_amp
+        >>> loader = [{"img": torch.randn(2, 3, 4, 4), "label": torch.tensor([0, 1])}]
+        >>> [(images, labels)] = tp_amp.pick_inputs(loader, "img")
+        >>> images.shape, labels
+        (torch.Size([2, 3, 4, 4]), tensor([0, 1]))
+    """
+    check_batches(batches)
+    return (_SizedPicked if isinstance(batches, Sized) else _Picked)(batches, key)
+
+
+class _Picked:
+    def __init__(self, batches: Iterable[Any], key: str | Callable[[Any], Any]) -> None:
+        self.batches, self.key = batches, key
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield self.key(batch) if callable(self.key) else _picked(batch, self.key)
+
+
+class _SizedPicked(_Picked):
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def _picked(batch: Any, key: str) -> Any:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, not a dict with the key {key!r}; pass key= as a "
+            "function that takes a batch and gives the images"
+        )
+    if key not in batch:
+        raise ValueError(f"a batch has no key {key!r}; its keys are {list(batch)}")
+    labels = labels_of(batch)
+    return batch[key] if labels is None else (batch[key], labels)
 
 
 def _cut(items: list[Any], calibration: float, unit: str) -> tuple[list[Any], list[Any]]:

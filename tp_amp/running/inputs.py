@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,10 +41,17 @@ class Inputs:
         return Inputs(args, kwargs, self.labels)
 
     def call(self, function: Any) -> Any:
-        """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
+        """Call `function` on the batch; a failure becomes a ValueError that tells the shapes.
+
+        A dict that lacks what the model's forward pass needs is its one argument, as the patches,
+        coordinates and validity of timm's NaFlexViT are.
+        """
+        whole = bool(self.kwargs) and not self.args and not _takes(function, self.kwargs)
+        args, kwargs = ((self.kwargs,), {}) if whole else (self.args, self.kwargs)
+        lookups = (AttributeError, KeyError) if whole else ()
         try:
-            return function(*self.args, **self.kwargs)
-        except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as error:
+            return function(*args, **kwargs)
+        except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, *lookups) as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
             raise ValueError(
                 f"the model failed on inputs of shape {shapes}: {error}; "
@@ -54,13 +61,18 @@ class Inputs:
 
 def _remedy(function: Any, inputs: Inputs, error: Exception) -> str:
     """What to do about inputs that a model fails on, by what they look like."""
-    if isinstance(error, TypeError) and "argument" in str(error):
+    picked = "; tp_amp.pick_inputs(batches, key=...) picks the images out of batches"
+    wrong = isinstance(error, TypeError) and "argument" in str(error)
+    if wrong or isinstance(error, (AttributeError, KeyError)):
         given = f"the keys {list(inputs.kwargs)}" if inputs.kwargs else f"{len(inputs.args)} inputs"
         try:
-            takes = str(signature(getattr(function, "forward", function)))
+            takes = str(inspect.signature(getattr(function, "forward", function)))
         except (TypeError, ValueError):
             takes = "others"
-        return f"its forward takes {takes}, found {given}; labels are none of them"
+        return (
+            f"its forward takes {takes}, found {given}; labels are none of them"
+            f"{picked if inputs.kwargs else ''}"
+        )
     images = next(iter(inputs.tensors()), None)
     if images is None:
         return "pass images"
@@ -69,7 +81,7 @@ def _remedy(function: Any, inputs: Inputs, error: Exception) -> str:
         return "the images have their channels last; pass images.permute(0, 3, 1, 2)"
     if images.dim() > 2 and not images.is_floating_point():
         return f"the images are {dtype}; pass images.float() / 255, normalised as the model needs"
-    if images.dim() == 3 and images.shape[0] in (1, 3, 4):
+    if images.dim() == 3 and images.shape[0] in (1, 3, 4) and not inputs.kwargs:
         return "an image stands without a batch; pass images[None]"
     weights = function.parameters() if isinstance(function, nn.Module) else ()
     like = next((p for p in weights if p.is_floating_point()), None)
@@ -77,7 +89,25 @@ def _remedy(function: Any, inputs: Inputs, error: Exception) -> str:
         return f"the inputs are {dtype}; pass inputs.to(torch.{str(like.dtype)[6:]})"
     if like is not None and images.device != like.device:
         return f'the inputs lie on {images.device}; pass inputs.to("{like.device}")'
-    return "check that images have the size and channels the model was built for"
+    check = "check that images have the size and channels the model was built for"
+    if not inputs.kwargs:
+        return check
+    keys = list(inputs.kwargs)
+    return f"{check}, and that the model takes what stands under the keys {keys}{picked}"
+
+
+def _takes(function: Any, names: Collection[str]) -> bool:
+    """Whether some keyword arguments hold all that a model's forward pass needs."""
+    while isinstance(function, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        function = function.module
+    if not isinstance(function, nn.Module):
+        return True
+    parameters = list(inspect.signature(type(function).forward).parameters.values())[1:]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return True
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in several]
+    return all(p.name in names for p in needed)
 
 
 def runner(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -103,16 +133,18 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
-        kwargs = {k: _move(v, model) for k, v in batch.items() if k not in LABEL_KEYS}
-        inputs = Inputs(kwargs=kwargs)
+        batch = _inner({k: v for k, v in batch.items() if k not in LABEL_KEYS})
+        inputs = Inputs(kwargs={k: _move(v, model) for k, v in batch.items()})
     elif isinstance(batch, Tensor):
         inputs = Inputs(args=(_move(batch, model),))
     else:
         inputs = Inputs()
     if not inputs.tensors():
+        keys = f" under the keys {list(batch)}" if isinstance(batch, Mapping) else ""
         raise TypeError(
-            f"a batch is a {type(batch).__name__} without image tensors; batches must be a tensor "
-            "of images, a tuple (images, ...) or a dict of tensors"
+            f"a batch is a {type(batch).__name__} without image tensors{keys}; batches must be a "
+            "tensor of images, a tuple (images, ...) or a dict of tensors; "
+            "tp_amp.pick_inputs(batches, key=...) picks the images out of others"
         )
     if inputs.tensors()[0].dim() == 0 or inputs.images == 0:
         raise ValueError("a batch holds no images; check the data loader")
@@ -155,12 +187,20 @@ def one_image(batch: Inputs, count: int = 1, first: int = 0) -> Inputs:
     return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
 
 
+def _inner(inputs: Any) -> Any:
+    """A dict that is all that another one, or a tuple, holds."""
+    held = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    return held[0] if len(held) == 1 and isinstance(held[0], Mapping) else inputs
+
+
 def example(inputs: Any) -> Inputs:
     """Read example inputs as Torch-Pruning does: a tensor, a sequence, or keyword arguments.
 
     Raises:
         TypeError: they are none of these.
     """
+    if isinstance(inputs, (Mapping, tuple, list)):
+        inputs = _inner(inputs)
     if isinstance(inputs, Mapping):
         return Inputs(kwargs={key: _autograd_ready(value) for key, value in inputs.items()})
     if isinstance(inputs, Tensor):

@@ -13,14 +13,14 @@ from tp_amp.algebra.moments import Halves
 from tp_amp.compensation.recipe import (
     Recipe,
     corrected,
-    given_weights,
     place_weights,
     read_objective,
+    token_weights,
 )
-from tp_amp.importance.sensitivity import repeated
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
+from tp_amp.running.padding import images_alone
 from tp_amp.running.timing import clock
 from tp_amp.running.watching import Seen, routed_layers, watch
 from tp_amp.structure.attention.heads import Attention
@@ -134,7 +134,7 @@ class Compensator:
         with observing(model, gradients=False):
             for batch in stream(self.batches, model, description="moments", progress=False):
                 call, _ = watch(model, model, site.down, batch, stop=True)
-                second = in_second_half(batch.tensors()[0])
-                given = given_weights(self.recipe, batch)
-                places = repeated(self.places.get(site.down), len(call.inputs))
-                yield call, places if given is None else given, second
+                second = in_second_half(images_alone(batch))
+                places = self.places.get(site.down)
+                tokens = len(call.inputs)
+                yield call, token_weights(self.recipe, model, batch, places, tokens), second

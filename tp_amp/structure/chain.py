@@ -21,10 +21,12 @@ class Step:
     Attributes:
         name: its path; empty for the whole model.
         inputs: arguments after the first, the same for all batches.
+        plain: whether it gives the state alone; else the state is the first of several values.
     """
 
     name: str
     inputs: Inputs = field(default_factory=Inputs)
+    plain: bool = True
 
 
 @dataclass
@@ -36,6 +38,7 @@ class _Call:
     before: tuple[int, int]
     after: tuple[int, int] = (0, 0)
     result: Tensor | None = None
+    plain: bool = True
 
 
 def find_chain(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[Step]:
@@ -57,7 +60,7 @@ def find_chain(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[S
     covered, chain = _longest(_candidates(model, inputs), names)
     if covered < len(names) or not names:
         return [Step("")]
-    return [Step(call.name, call.rest) for call in chain]
+    return [Step(call.name, call.rest, call.plain) for call in chain]
 
 
 def find_blocks(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -143,6 +146,7 @@ def _record(model: nn.Module, inputs: Inputs) -> list[_Call]:
             return
         if _key(call.source) == call.before:  # else the module has changed its input in place
             call.result, call.after = result, _key(result)
+            call.plain = result is output
             calls.append(call)
 
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
