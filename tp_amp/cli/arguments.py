@@ -183,8 +183,8 @@ then, in Python: model = tp_amp.create_model("small")
         type=value.positive,
         default=0,
         metavar="PASSES",
-        help="then go so often through the images, say 10, to improve both layers of each cut MLP; "
-        "for --compensation affine with --every-linear",
+        help="weigh tokens by what their errors cost, and then go so often through the images, say "
+        "5, to improve both layers of each cut MLP; for --compensation affine with --every-linear",
     )
     parser.add_argument(
         "--activation-checkpointing",

@@ -116,6 +116,7 @@ def _compensation(options: Namespace) -> dict[str, Any]:
         "method": options.compensation,
         "every_linear": options.every_linear,
         "refine": options.refine,
+        "token_weights": "sensitivity" if options.refine else None,
         **recomputed,
     }
 

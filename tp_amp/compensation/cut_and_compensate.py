@@ -60,8 +60,8 @@ def compensate(
         add_bias: give cut layers without a bias one; else the best correction without is taken.
         token_weights: takes the images (or the dict of keyword arguments) of a batch and gives the
             weight of each token, `(images, tokens)`: 0 for padding. Or `"sensitivity"`: at each
-            layer, what an error at the token's place costs the dense model's predictions, by one
-            backward pass over the images.
+            layer, half of all weight by what an error at the token's place costs the dense model's
+            predictions, from one backward pass over the images, and half to all tokens alike.
         every_linear: fit all Linears from the first to the last cut layer (queries, keys and
             values, projections, `up` layers) against what they give in the dense model. It keeps
             more accuracy and takes about twice as long.
