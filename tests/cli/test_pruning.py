@@ -64,16 +64,19 @@ def test_ways_to_prune(capsys: pytest.CaptureFixture[str], further: tuple[str, .
 def test_refining_changes_both_layers_of_the_same_widths(
     capsys: pytest.CaptureFixture[str], size: tuple[str, ...]
 ) -> None:
-    command = ("prune", *MODEL, *SAMPLE, *size)
+    command = ("prune", *MODEL, *SAMPLE, "--images", "64", *size)
     plain = record(capsys, *command, "--output", "plain")
-    better = record(capsys, *command, "--output", "better", "--refine", "30")
-    assert (plain["refine"], better["refine"]) == (0, 30)
+    better = record(capsys, *command, "--output", "better", "--refine", "3")
+    assert (plain["refine"], better["refine"]) == (0, 3)
     assert better["widths"] == plain["widths"]
     one, other = (tp_amp.create_model(folder) for folder in ("plain", "better"))
-    for name in DOWNS:
-        for layer in (name, name.replace("fc2", "fc1")):
-            weights = (model.get_submodule(layer).weight for model in (one, other))
-            assert not torch.equal(*weights)
+
+    def changed(layer: str) -> bool:
+        return not torch.equal(*(m.get_submodule(layer).weight for m in (one, other)))
+
+    assert all(map(changed, DOWNS))
+    # What is not better on images held out stays as it was.
+    assert any(changed(name.replace("fc2", "fc1")) for name in DOWNS)
 
 
 @pytest.mark.parametrize("further", [(), ("--min-width", "8"), ("--round-to", "8")])
@@ -117,7 +120,8 @@ def test_activation_checkpointing_gives_the_same_model(
     assert not prepared
     command[command.index("plain")] = "again"
     assert main([*command, "--activation-checkpointing"]) == 0
-    assert len(prepared) == 2
+    # Scoring, what tokens weigh (a search asks for itself too), and what errors cost.
+    assert len(prepared) == {"entropy": 4, "reconstruction": 3}[importance]
     for file in ("plan.json", "model.safetensors"):
         assert (here / "plain" / file).read_bytes() == (here / "again" / file).read_bytes()
 

@@ -119,8 +119,8 @@ def test_heads_alone_equal_least_squares_on_the_kept_channels() -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2, "num_classes": 5}
     model = perturbed(timm.create_model("vit_tiny_patch16_224", **sizes))
-    batch = images(60, size=32, channels=3)
-    cut, _ = compensated(model, {"blocks.1.attn.proj": [0, 2]}, batch.split(25), ridge=TINY)
+    batch = images(400, size=32, channels=3)
+    cut, _ = compensated(model, {"blocks.1.attn.proj": [0, 2]}, batch.split(150), ridge=TINY)
     hidden, target = stored(model, "blocks.1.attn.proj", batch)
     channels = [*range(8), *range(16, 24)]
     weight, bias = lstsq(hidden[:, channels], target, True)

@@ -60,7 +60,7 @@ def test_each_layer_alone_is_fitted_on_the_dense_prefix() -> None:
 def test_layers_one_after_another_are_all_fitted() -> None:
     torch.manual_seed(0)
     model = perturbed(nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6), nn.LayerNorm(6)))
-    batch = images(40, size=6)[:, 0, 0]
+    batch = images(400, size=6)[:, 0, 0]
     cut, fitted = compensated(model, {"2": [1, 4, 5]}, [batch], ridge=TINY)
     with torch.no_grad():
         hidden = model[:2](batch)[:, [1, 4, 5]].double()

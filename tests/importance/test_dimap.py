@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
     model = vit()
     with torch.no_grad():
         model.blocks[1].attn.proj.weight[2, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.proj is not finite; load sound"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.proj\.weight holds NaN"):
         tp_amp.dimap_masks(model, 0.5)
 
 

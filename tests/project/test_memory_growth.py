@@ -83,11 +83,9 @@ def getting_ready(kind: Any) -> Any:
 
 def sensing(steps: Steps, patch: Any, _stack: Any) -> Callable[[], Any]:
     """The backward passes before a compensation."""
-    known: list[Any] = []
 
-    def name(_model: Any, _layers: Any, _turn: Any, objective: Any, *_: Any) -> str:
-        known.extend([objective] * (not any(objective is other for other in known)))
-        return f"objective {known.index(objective)}"
+    def name(_model: Any, layers: Any, *_: Any) -> str:
+        return f"{len(layers)} layers"  # all that are fitted, or the MLPs that are refined
 
     marked(patch, steps, sensitivity, "_gradients", name)
     return compensating(token_weights="sensitivity", every_linear=True, refine=1)

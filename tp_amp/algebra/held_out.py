@@ -17,7 +17,7 @@ STRONGER = (1.0, 30.0, 1e3, 3e4)
 # Shares of a layer's width that are judged on images held out.
 _JUDGED = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # Of an error on the images fitted: up to there, others are fitted as well.
-_ALIKE = 1.05
+_ALIKE = 1.5
 Solve = Callable[[Moments], Correction]
 
 

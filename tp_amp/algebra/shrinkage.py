@@ -23,7 +23,7 @@ class SampleMoments:
     Example:
         >>> rows = torch.randn(1000, 5, dtype=torch.double)
         >>> mean = SampleMoments().add(rows, 1000).shrunk()
-        >>> bool((mean - torch.eye(5)).norm() < 0.1)
+        >>> bool((mean - torch.eye(5)).norm() < 0.5)
         True
     """
 

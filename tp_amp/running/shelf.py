@@ -46,6 +46,7 @@ class Shelf:
         >>> held = [shelf.hold(torch.full((20,), float(i))) for i in range(3)]
         >>> shelf.bytes, shelf.spilled, float(held[2].get()[0])
         (80, 2, 2.0)
+        >>> shelf.close()
     """
 
     def __init__(self, memory_bytes: int | None = None) -> None:

@@ -218,9 +218,7 @@ def _trace(
         raw = inputs.kwargs or inputs.args
         graph = build(raw, customized_pruners=per_channel_pruners(model))
     _give_parameters_back(graph, real)
-    again = partial(
-        _again, model, partial(run, *inputs.args, **inputs.kwargs), without_values=bool(real)
-    )
+    again = partial(_again, model, partial(inputs.call, run), without_values=bool(real))
     return TracedGraph(calls, reads_images, graph, again)
 
 

@@ -51,5 +51,5 @@ def _error(mlps: Sequence[MLP], traced: TracedGraph) -> Exception | None:
                     item.dep(item.idxs)
             run()
         except Exception as error:
-            return error
+            return error.__cause__ if isinstance(error.__cause__, Exception) else error
     return None
