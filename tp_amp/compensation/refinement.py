@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.compensation.costs import cost_factor, spread
-from tp_amp.compensation.examples import Batches, Example, Tokens, steps_on
+from tp_amp.compensation.token_steps import Batches, Example, Tokens, steps_on
 from tp_amp.running.distributed import add_up_named, of_each
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import watch

@@ -20,6 +20,7 @@ from tp_amp.running.watching import first_tensor, tokens_of
 _CALLS = 16
 # What the stream may differ by from the output added, relative, before rounding.
 _TOLERANCE = 1e-3
+_ROUNDING = 1e-5  # of a scale of one
 # Of the largest scale of a channel.
 _REACHING = 1e-4
 
@@ -95,7 +96,8 @@ def find_place(
         rounding = 4 * torch.finfo(state.dtype).eps * float(state.double().norm())
         allowed = _TOLERANCE * float(added.norm()) + rounding
         if float((added - output * scale).norm()) <= allowed < 0.1 * float(added.norm()):
-            return Place(place, scale)
+            plain = bool(((scale - 1).abs() < _ROUNDING).all())  # no LayerScale
+            return Place(place, torch.ones_like(scale) if plain else scale)
     return None
 
 

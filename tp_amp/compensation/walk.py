@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
 from tp_amp.compensation.costs import sensitivities
-from tp_amp.compensation.examples import Example
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
 from tp_amp.compensation.recipe import (
     Recipe,
@@ -26,9 +25,10 @@ from tp_amp.compensation.recipe import (
 )
 from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
 from tp_amp.compensation.stream import Place, find_place
+from tp_amp.compensation.token_steps import Example
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
-from tp_amp.running.distributed import together
+from tp_amp.running.distributed import active, agree, together
 from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.padding import images_alone
@@ -184,7 +184,13 @@ class _Walk:
             return None
         inputs = _inputs(step, self.dense[0])
         weights = partial(self._weights, layer, self.batches[0])
-        return find_place(module, self.model, layer.name, inputs, weights)
+        found = find_place(module, self.model, layer.name, inputs, weights)
+        if not active():
+            return found
+        # Its scale is measured on a rank's own images: all ranks have to divide by the same.
+        told = agree(f"where {layer.name} writes", (found.name, found.scale) if found else None)
+        device = next(self.model.parameters()).device
+        return Place(told[0], told[1].to(device)) if told else None
 
     def _fit(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from toys import PlainMLP, perturbed
 
-from tp_amp.compensation.examples import Batches, Example, Tokens, steps_on
+from tp_amp.compensation.token_steps import Batches, Example, Tokens, steps_on
 from tp_amp.running.inputs import Inputs
 
 IMAGES, TOKENS = (10, 7), 12
