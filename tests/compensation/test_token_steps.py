@@ -113,6 +113,19 @@ def test_padding_is_neither_drawn_nor_counted() -> None:
         assert all(bool(found.loss(0, 1).isfinite()) for _ in range(50))
 
 
+@pytest.mark.parametrize("weighed", [0, 1])
+def test_batches_without_padding_count_whole_beside_one_with_some(weighed: int) -> None:
+    model, given = perturbed(PlainMLP(6, 8)), examples()
+    weights = torch.ones(IMAGES[weighed], TOKENS)
+    weights[:, 8:] = 0
+    given[weighed] = replace(given[weighed], weights=weights.flatten())
+    found, costs = made(model, given), by_hand(model, given)
+    judging = torch.arange(sum(IMAGES)) % 8 == 1
+    with torch.no_grad():
+        assert found.judged() == pytest.approx(float(costs[judging].sum()), rel=1e-5)
+        assert found.total() == pytest.approx(float(costs[~judging].sum()), rel=1e-5)
+
+
 def test_tokens_that_depend_on_others_stay_together() -> None:
     model, given = perturbed(Mixing()), examples(weighed=True)
     found = made(model, given)

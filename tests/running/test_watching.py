@@ -8,6 +8,7 @@ from mixtures import DENSE, EXPERTS, mixture
 from torch import nn
 from toys import fingerprint, images, toy
 
+from tp_amp.running import watching
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import called_with, calls_in_order, first_tensor, routed_layers, watch
 
@@ -94,3 +95,9 @@ def test_layers_that_a_router_feeds_are_known() -> None:
     names = [*EXPERTS, "blocks.0.mlp.router", DENSE, "head"]
     with torch.no_grad():
         assert routed_layers(model, Inputs((x,)), names) == set(EXPERTS)
+
+
+def test_a_layer_is_routed_if_it_is_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "of_each", lambda _, found: [{"head"}, found])
+    names = [NAME, "head"]
+    assert routed_layers(toy(), Inputs((images(8),)), names) == {"head"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tp_amp.running.distributed import of_each
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import Stop, hooks
 
@@ -113,7 +114,8 @@ def routed_layers(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> set
     """Those of some layers that a router sends some of the tokens to, as in mixtures of experts.
 
     Of several images of one size they read now more rows, now fewer. So they do once layers before
-    them are cut, and what they give can't be compared token by token with the dense model.
+    them are cut, and what they give can't be compared token by token with the dense model. Under a
+    process group a layer is one if it is on any rank's images.
     """
     counts: list[dict[str, int]] = []
 
@@ -129,7 +131,9 @@ def routed_layers(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> set
             counts.append({})
             one_image(inputs, 1, place).call(model)
     read = {name: {found.get(name, 0) for found in counts} for name in names}
-    return {name for name, rows in read.items() if len(rows) > 1 or 0 in rows}
+    found = {name for name, rows in read.items() if len(rows) > 1 or 0 in rows}
+    ranks = of_each("the layers that a router feeds", found)
+    return set().union(*ranks) if isinstance(ranks, list) else ranks
 
 
 def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:
