@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, variance
+from statistics import mean, mode, variance
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -89,10 +89,8 @@ def report(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against the share of the parameters kept, at the most used image number."""
+    """Draw accuracy against the share kept, each recipe at its most used number of images."""
     rows = summaries(record)
-    counts = [row["images"] for row in record["rows"]]
-    images = max(set(counts), key=counts.count) if counts else 0
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     axes = figure.add_subplot()
     accuracy, error = (100 * record["dense"][key] for key in ("accuracy", "standard_error"))
@@ -100,9 +98,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.axhspan(accuracy - error, accuracy + error, color="#666666", alpha=0.12, linewidth=0)
     names = dict.fromkeys([*CURVES, *(row["recipe"] for row in rows)])
     for name in names:
-        points = [row for row in rows if row["recipe"] == name and row["images"] == images]
-        if not points:
+        own = [row for row in rows if row["recipe"] == name]
+        if not own:
             continue
+        images = mode(row["images"] for row in own)
+        points = [row for row in own if row["images"] == images]
         colour, marker, line = CURVES.get(name, ("#444444", ".", ":"))
         axes.errorbar(
             [100 * row["parameters_kept"] for row in points],
@@ -114,11 +114,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
             linewidth=2.2 if "every Linear" in name else 1.2,
             zorder=3 if "every Linear" in name else 2,
             capsize=2,
-            label=name,
+            label=f"{name}\n{images} photographs",
         )
     axes.set_xlabel("parameters kept (%)")
     axes.set_ylabel("test accuracy without fine-tuning (%)")
-    axes.set_title(f"MLPs of a ViT-S/14 cut in one shot, {images} photographs without labels")
+    axes.set_title("MLPs of a ViT-S/14 cut in one shot, with photographs without labels")
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
