@@ -23,7 +23,6 @@ import tp_amp
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.sensitivity import place_sensitivity
-from tp_amp.running.inputs import prepare
 
 
 @pytest.mark.parametrize(
@@ -94,8 +93,7 @@ def test_tokens_weigh_what_their_places_cost() -> None:
     model, batches = toy(), list(images(40, seed=5).split(11))
     keep = {DOWN[0]: KEEP[DOWN[0]]}
     before = fingerprint(model)
-    inputs = [prepare(batch, model) for batch in batches]
-    weights = place_sensitivity(model, [DOWN[0]], inputs, Objective())[DOWN[0]]
+    weights = place_sensitivity(model, [DOWN[0]], batches, Objective())[DOWN[0]]
     assert float(weights.max()) > 1.2 * float(weights.min())
     found, _ = compensated(model, keep, batches, token_weights="sensitivity")
     assert fingerprint(model) == before
@@ -139,3 +137,15 @@ def test_few_tokens_are_warned_of(count: int, few: bool, caplog: pytest.LogCaptu
         compensated(toy(), {DOWN[0]: KEEP[DOWN[0]]}, [images(count)])  # four tokens each
     message = f"the images are few: 1 layers ({DOWN[0]}) saw fewer than ten tokens for each kept"
     assert caplog.text.count(message) == few
+
+
+def test_weights_are_asked_for_once_for_each_batch() -> None:
+    """They may be slow to make, or drawn."""
+    asked: list[int] = []
+
+    def weights(batch: Tensor) -> Tensor:
+        asked.append(len(batch))
+        return torch.ones(len(batch), 4)
+
+    compensated(toy(), KEEP, images(40).split(15), token_weights=weights, every_linear=True)
+    assert asked == [15, 15, 10]

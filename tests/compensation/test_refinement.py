@@ -30,7 +30,7 @@ from tp_amp.compensation import refinement
 from tp_amp.compensation.costs import spread
 from tp_amp.compensation.refinement import refine
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import output_sensitivity
+from tp_amp.importance.sensitivity import Sensitivity, output_sensitivity
 
 
 def squares(layer: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], Tensor]:
@@ -179,7 +179,7 @@ def test_what_matters_is_fitted_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = toy(classes=2), images(64)
     options: dict[str, Any] = {"every_linear": True, "refine": 100}
     better, _ = compensated(model, KEEP, [batch], **options)
-    monkeypatch.setattr(costs_of, "output_sensitivity", lambda *_, **__: {})
+    monkeypatch.setattr(costs_of, "sensitivity", lambda *_, **__: Sensitivity({}, {}))
     plain, _ = compensated(model, KEEP, [batch], **options)
     assert cost(model, better, DOWN[1], batch) < 0.8 * cost(model, plain, DOWN[1], batch)
 

@@ -12,6 +12,7 @@ from toys import PlainMLP, fingerprint, images, perturbed, toy
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.compensation.stream import Place, find_place
 from tp_amp.running.inputs import Inputs
+from tp_amp.running.watching import watch
 
 
 class Around(nn.Module):
@@ -40,7 +41,7 @@ class Around(nn.Module):
 
 def place_of(model: nn.Module, name: str, x: Tensor, weights: Tensor | None = None) -> Place | None:
     with torch.no_grad():
-        return find_place(model, model, name, Inputs((x,)), lambda tokens: weights)
+        return find_place(model, model, name, Inputs((x,)), lambda _: weights)
 
 
 def tokens(seed: int = 0) -> Tensor:
@@ -108,10 +109,38 @@ def test_windows_of_a_swin_are_in_another_order() -> None:
     with torch.no_grad():
         model(x)
         inputs = Inputs((state,))
-        assert find_place(block, model, f"{path}.attn.proj", inputs) is None
-        found = find_place(block, model, f"{path}.mlp.fc2", inputs)
+        assert find_place(block, model, f"{path}.attn.proj", inputs, lambda tokens: None) is None
+        found = find_place(block, model, f"{path}.mlp.fc2", inputs, lambda tokens: None)
     assert found is not None
     assert found.name == ""
+
+
+class Maps(nn.Module):
+    """An MLP of 1x1 convolutions on maps, as wide as they are high."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 16, 1), nn.Conv2d(16, 6, 1)
+        self.gamma = nn.Parameter(torch.linspace(0.5, 2, 6).view(6, 1, 1))
+        self.norm = nn.GroupNorm(1, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.gamma * self.second(self.first(x).relu()))
+
+
+def test_maps_with_channels_first_are_a_stream() -> None:
+    model, x = perturbed(Maps()), torch.randn(3, 6, 5, 6)
+    found = place_of(model, "second", x)
+    assert found is not None
+    assert found.name == "norm"
+    torch.testing.assert_close(
+        found.scale, model.gamma.detach().double().flatten(), rtol=1e-4, atol=1e-4
+    )
+    with torch.no_grad():
+        seen, _ = watch(model, model, "second", Inputs((x,)), stop=True, later="norm")
+        given = model.gamma.flatten() * seen.outputs
+    assert seen.later is not None
+    torch.testing.assert_close(seen.later - given.detach(), x.movedim(1, -1).reshape(-1, 6))
 
 
 def test_a_correction_adds_to_the_stream_what_it_should() -> None:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity, repeated
-from tp_amp.running.inputs import prepare
+from tp_amp.importance.places import repeated
+from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity, sensitivity
 
 LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 
@@ -108,8 +108,7 @@ def test_a_convolution_is_the_linear_at_each_place() -> None:
 
 
 def places(model: nn.Module, batches: list[Tensor], objective: object, layers: list[str]) -> dict:
-    inputs = [prepare(batch, model) for batch in batches]
-    return place_sensitivity(model, layers, inputs, Objective(objective))
+    return place_sensitivity(model, layers, batches, Objective(objective))
 
 
 def test_a_place_weighs_its_mean_squared_gradient() -> None:
@@ -124,6 +123,22 @@ def test_a_place_weighs_its_mean_squared_gradient() -> None:
         expected = expected / expected.mean() + 1
         assert torch.allclose(found[layer], expected, rtol=1e-4, atol=1e-9)
         assert len(expected) > 1
+
+
+def test_both_come_from_one_pass() -> None:
+    model, squares = toy(), Objective(lambda output: output.square().sum(1).mean())
+    passes: list[int] = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    batches = list(images().split(4))
+    found = sensitivity(model, batches, squares, outputs=LAYERS[:1], places=LAYERS, progress=False)
+    handle.remove()
+    assert len(passes) == len(batches)
+    alone = output_sensitivity(model, LAYERS[:1], batches, squares)
+    assert alone.keys() == found.outputs.keys()
+    assert torch.equal(alone[LAYERS[0]], found.outputs[LAYERS[0]])
+    others = place_sensitivity(model, LAYERS, batches, squares)
+    assert others.keys() == found.places.keys()
+    assert all(torch.equal(others[name], found.places[name]) for name in LAYERS)
 
 
 def test_layers_whose_places_are_unknown_are_left_out() -> None:

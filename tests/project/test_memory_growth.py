@@ -175,7 +175,7 @@ LOOPS: dict[str, tuple[Any, int]] = {
     "Taylor": (getting_ready(tp.importance.TaylorImportance), 1),
     "Hessian": (getting_ready(tp.importance.HessianImportance), 1),
     "activations": (getting_ready(tp.pruner.importance.ActivationImportance), 1),
-    "sensitivities": (sensing, 2),
+    "sensitivities": (sensing, 1),
     "compensate": (fitting, 7),  # the first MLP's `down`, and all six Linears of the next block
     "refine": (refining, 2),
     "distill": (distilling(), 1),

@@ -7,4 +7,4 @@ tokens of `token_steps` by the `costs` of errors, and `recipe` holds how all of 
 """
 
 # What other folders import; every other module here is private to the folder.
-__all__ = ["cut_and_compensate", "recipe", "walk"]
+__all__ = ["costs", "cut_and_compensate", "recipe", "walk"]

@@ -1,4 +1,4 @@
-"""What errors of an MLP cost, for the refinement of its layers."""
+"""What errors cost: at each place of an image, and in each direction of an MLP's output."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.compensation.layers_to_fit import Layer
-from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import LEAST, output_sensitivity
+from tp_amp.compensation.recipe import Recipe
+from tp_amp.importance.error_objective import error_objective, readable
+from tp_amp.importance.sensitivity import LEAST, Sensitivity, sensitivity
 from tp_amp.running.distributed import add_up_named
 from tp_amp.running.inputs import Inputs
 from tp_amp.structure.mlps import MLP
@@ -18,58 +19,68 @@ from tp_amp.structure.mlps import MLP
 logger = logging.getLogger(__name__)
 
 
-def sensitivities(
+def error_costs(
+    recipe: Recipe,
     model: nn.Module,
-    layers: Sequence[Layer],
+    layers: Sequence[str],
+    refined: Sequence[str],
     batches: Sequence[Inputs],
-    objective: Objective | None,
-    *,
-    activation_checkpointing: bool = False,
-) -> dict[str, Tensor | None]:
-    """What errors of the MLPs that can be refined cost the dense model's predictions.
+) -> Sensitivity:
+    """What errors cost the dense model's predictions, as far as a recipe asks, from one pass.
 
     Args:
+        recipe: how to compensate.
         model: the dense model.
-        layers: that are fitted.
+        layers: whose tokens are weighed.
+        refined: layers whose outputs' errors are refined by what they cost.
         batches: unlabelled images, prepared.
-        objective: what the model is for; None where all errors cost the same.
-        activation_checkpointing: as for `EntropyTaylorImportance`.
 
     Returns:
-        `down` -> G of `output_sensitivity` for the outputs that stay, `(outputs, outputs)`; None
-        where the predictions do not depend on them.
+        Of the layers on which the predictions depend: nothing of any where all errors count alike.
     """
-    mlps: dict[str, Layer] = {}
+    weighed = layers if recipe.token_weights == "sensitivity" else []
+    if recipe.method == "none" or not (weighed or refined):
+        return Sensitivity({}, {})
+    raw = [batch.raw() for batch in batches]
+    objective = readable(error_objective(recipe.objective), model, raw)
+    if objective is None:
+        return Sensitivity({}, {})
+    found = sensitivity(
+        model,
+        raw,
+        objective,
+        outputs=refined,
+        places=weighed,
+        skip_unused=True,
+        activation_checkpointing=recipe.activation_checkpointing,
+        progress=False,
+    )
+    left = [name for name in weighed if name not in found.places]
+    if left:
+        logger.warning(
+            "all tokens of %s weigh the same: the objective does not depend on them, or their "
+            "outputs have other places on other batches",
+            ", ".join(left),
+        )
+    return found
+
+
+def refined_layers(layers: Sequence[Layer]) -> list[str]:
+    """The `down` layers of the MLPs that can be refined; others are told."""
+    names = []
     for layer in layers:
         if isinstance(layer.site, MLP) and (layer.site.fused or layer.site.first):
             logger.warning("%s reads more than an MLP and is not refined", layer.name)
         elif isinstance(layer.site, MLP):
-            mlps[layer.name] = layer
-    if not mlps or objective is None:
-        return dict.fromkeys(mlps)
-    raw = [batch.raw() for batch in batches]
-    found = output_sensitivity(
-        model,
-        mlps,
-        raw,
-        objective,
-        skip_unused=True,
-        activation_checkpointing=activation_checkpointing,
-        progress=False,
-    )
-    costs: dict[str, Tensor | None] = {}
-    for name, layer in mlps.items():
-        costs[name] = found.get(name)
-        if name in found and layer.outputs is not None:
-            costs[name] = found[name][list(layer.outputs)][:, list(layer.outputs)]
-    return costs
+            names.append(layer.name)
+    return names
 
 
-def cost_factor(sensitivity: Tensor | None, outputs: int, scale: Tensor) -> Tensor:
+def cost_factor(cost: Tensor | None, outputs: int, scale: Tensor) -> Tensor:
     """A factor L by which an error e of a layer's output, times a scale, costs |e L|^2.
 
     Args:
-        sensitivity: `(outputs, outputs)`, of `output_sensitivity`; None for the same cost of all.
+        cost: G of `output_sensitivity`, `(outputs, outputs)`; None for the same cost of all.
         outputs: of the layer.
         scale: what each output is multiplied by where the error is seen, `(outputs,)` or one.
 
@@ -81,13 +92,13 @@ def cost_factor(sensitivity: Tensor | None, outputs: int, scale: Tensor) -> Tens
         tensor([[1.4142, 0.0000],
                 [0.0000, 0.4472]])
     """
-    if sensitivity is None or not float(sensitivity.diagonal().sum()) > 0:
+    if cost is None or not float(cost.diagonal().sum()) > 0:
         return torch.eye(outputs)
     # What the output is multiplied by is in its gradients too.
-    scale = scale.to(sensitivity).expand(outputs)
+    scale = scale.to(cost).expand(outputs)
     share = torch.where(scale == 0, 0, 1 / scale)
-    seen = sensitivity * torch.outer(share, share)
-    least = LEAST * torch.eye(outputs).to(sensitivity)
+    seen = cost * torch.outer(share, share)
+    least = LEAST * torch.eye(outputs).to(cost)
     factor: Tensor = torch.linalg.cholesky(seen / seen.diagonal().mean() + least)
     return factor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tp_amp.algebra.closed_form import METHODS, RIDGE, Correction, Method
 from tp_amp.algebra.held_out import best_correction
 from tp_amp.algebra.moments import Halves
-from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
-from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import place_sensitivity, repeated
+from tp_amp.importance.error_objective import ErrorObjective, error_objective
+from tp_amp.importance.places import repeated
 from tp_amp.running.arguments import check_flags, check_number, check_whole
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.padding import valid_tokens
@@ -96,13 +95,6 @@ class Recipe:
             )
 
 
-def read_objective(recipe: Recipe, model: nn.Module, batches: Sequence[Inputs]) -> Objective | None:
-    """What errors cost on a model; None where all count the same, or nobody asks."""
-    if recipe.method == "none" or not (recipe.refine or recipe.token_weights == "sensitivity"):
-        return None
-    return readable(error_objective(recipe.objective), model, [batches[0].raw()])
-
-
 def apply(layer: nn.Module, correction: Correction, first: int = 0) -> None:
     """Add a correction to a layer's weight, from input channel `first` on, and to its bias."""
     weight: Any = layer.weight
@@ -148,50 +140,28 @@ def tell_few(names: Sequence[str]) -> None:
         )
 
 
+def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
+    """The weight of each token of a batch, in one row, where the caller gives them."""
+    if not callable(recipe.token_weights):
+        return None
+    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+
+
 def token_weights(
-    recipe: Recipe, model: nn.Module, batch: Inputs, places: Tensor | None, tokens: int
+    given: Tensor | None, model: nn.Module, batch: Inputs, places: Tensor | None, tokens: int
 ) -> Tensor | None:
     """The weight of each token of a batch that a layer reads; None where all weigh the same.
 
     Args:
-        recipe: with the weights that the caller gives, which count alone.
+        given: by the caller, which counts alone.
         model: that the batch is for.
         batch: maybe with a mask, which says that padding weighs nothing.
         places: the weight of each place of an image at the layer, if they differ.
         tokens: that the layer reads.
     """
-    if callable(recipe.token_weights):
-        return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+    if given is not None:
+        return given
     weights, valid = repeated(places, tokens), valid_tokens(batch, model, tokens)
     if weights is None or valid is None:
         return valid if weights is None else weights
     return weights * valid.to(weights)
-
-
-def place_weights(
-    recipe: Recipe,
-    model: nn.Module,
-    layers: Collection[str],
-    batches: Sequence[Inputs],
-    objective: Objective | None,
-) -> dict[str, Tensor]:
-    """The weight of each place of an image, by layer, where the dense model gives them."""
-    if recipe.token_weights != "sensitivity" or recipe.method == "none":
-        return {}
-    if objective is None:
-        return {}
-    found = place_sensitivity(
-        model,
-        layers,
-        batches,
-        objective,
-        activation_checkpointing=recipe.activation_checkpointing,
-    )
-    left = [name for name in layers if name not in found]
-    if left:
-        logger.warning(
-            "all tokens of %s weigh the same: the objective does not depend on them, or their "
-            "outputs have other places on other batches",
-            ", ".join(left),
-        )
-    return found

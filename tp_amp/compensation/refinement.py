@@ -1,4 +1,4 @@
-"""Beyond linear algebra: both layers of a cut MLP, improved by gradients of its own output."""
+"""Beyond linear algebra: both layers of a cut MLP, improved by gradients of what it lacks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PartOfMLP:
 def refine_mlp(
     mlp: PartOfMLP, examples: Sequence[Example], passes: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Improve the layers of an MLP together, by gradients of its own output's error.
+    """Improve the layers of an MLP together, by gradients of what is missing behind it.
 
     Args:
         mlp: is run, and left as it was.

@@ -59,7 +59,7 @@ def find_place(
     model: nn.Module,
     name: str,
     inputs: Inputs,
-    weights: Callable[[int], Tensor | None] = lambda tokens: None,
+    weights: Callable[[int], Tensor | None],
 ) -> Place | None:
     """Find where a layer writes to a residual stream: by running a part of the model twice.
 
@@ -128,11 +128,11 @@ def _written_and_read(
         return hook
 
     def see(path: str, value: Any) -> None:
-        if not written or not isinstance(value, Tensor):
+        if not written or not isinstance(value, Tensor) or value.dim() < 2:
             return
-        alike = value.shape[-1:] == written[0].shape[1:] and value.numel() == written[0].numel()
-        if alike and all(path != known for known, _ in found):
-            found.append((path, value.detach().reshape(written[0].shape).clone()))
+        rows = tokens_of(layer, value.detach())
+        if rows.shape == written[0].shape and all(path != known for known, _ in found):
+            found.append((path, rows.clone()))
             if len(found) == _CALLS:
                 raise Stop
 

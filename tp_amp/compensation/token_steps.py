@@ -88,27 +88,29 @@ class Tokens:
         self._shape = (1,) * (first.dim() - 2)
         self._inputs = torch.cat([x.inputs.args[0].flatten(0, -2) for x in examples])
         self._targets = torch.cat([example.targets for example in examples])
-        self._weights = None
+        self._weights: Tensor | None = None
         if any(example.weights is not None for example in examples):  # of padding, in some
             self._weights = torch.cat([_given(example) for example in examples])
         judging = _judging(examples).to(first.device)
         self._held = judging.nonzero().flatten()
         self._own = (~judging).nonzero().flatten()
+        # Of the weights of what is drawn, up to each of it.
+        self._sums = None if self._weights is None else self._weights[self._own].double().cumsum(0)
         self._drawn = min(_DRAWN, math.ceil(len(self._own) / 8))
         self.steps = math.ceil(len(self._own) / self._drawn)
         self._generator = torch.Generator().manual_seed(0)
 
     def loss(self, step: int, steps: int) -> Tensor | None:
         """An estimate of `total`, on tokens drawn anew."""
-        if self._weights is None:
-            place = torch.randint(len(self._own), (self._drawn,), generator=self._generator)
+        chances = torch.rand(self._drawn, generator=self._generator, dtype=torch.double)
+        chances = chances.to(self._own.device)
+        if self._sums is None:
             whole = float(len(self._own))
+            place = (chances * whole).long()
         else:
-            sums = self._weights[self._own].double().cumsum(0).cpu()
-            whole = float(sums[-1])
-            chances = torch.rand(self._drawn, generator=self._generator, dtype=torch.double)
-            place = torch.searchsorted(sums, chances * whole, right=True)
-        errors = self._errors(self._own[place.to(self._own.device).clamp_max(len(self._own) - 1)])
+            whole = float(self._sums[-1])
+            place = torch.searchsorted(self._sums, chances * whole, right=True)
+        errors = self._errors(self._own[place.clamp_max(len(self._own) - 1)])
         return self._cost(errors).square().sum() * (whole / self._drawn)
 
     def total(self) -> float:

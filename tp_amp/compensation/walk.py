@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
-from tp_amp.compensation.costs import sensitivities
+from tp_amp.compensation.costs import error_costs, refined_layers
 from tp_amp.compensation.layers_to_fit import Layer, layers_to_fit
 from tp_amp.compensation.recipe import (
     Recipe,
     applied,
     corrected,
-    place_weights,
-    read_objective,
+    given_weights,
     tell_few,
     token_weights,
 )
 from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
 from tp_amp.compensation.stream import Place, find_place
 from tp_amp.compensation.token_steps import Example
+from tp_amp.importance.sensitivity import Sensitivity
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import bar, stream
 from tp_amp.running.distributed import active, agree, together
@@ -33,8 +34,9 @@ from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.padding import images_alone
 from tp_amp.running.shelf import Held, Shelf
-from tp_amp.running.watching import called_with, first_tensor, watch
+from tp_amp.running.watching import Seen, called_with, first_tensor, watch
 from tp_amp.structure.chain import Step
+from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
 
@@ -87,20 +89,29 @@ def fit(
             layers = layers_to_fit(graph, inputs[0], sites, keep, recipe)
         if not layers:
             return {}
-        fitted = {layer.name for layer in layers}
-        others = [site for site in sites if site.down not in fitted]
-        objective = read_objective(recipe, model, inputs)
-        places = place_weights(recipe, model, [x.name for x in layers], inputs, objective)
-        costs: dict[str, Tensor | None] = {}
-        if recipe.refine:
-            again = recipe.activation_checkpointing
-            costs = sensitivities(model, layers, inputs, objective, activation_checkpointing=again)
+        refined = refined_layers(layers) if recipe.refine else []
+        costs = error_costs(recipe, model, [x.name for x in layers], refined, inputs)
         with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
-            walk = _Walk(graph, layers, others, keep, recipe, inputs, chain, places, costs, shelf)
+            walk = _Walk(graph, layers, sites, keep, recipe, inputs, chain, refined, costs, shelf)
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     tell_few(walk.few)
     return walk.corrections
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where in the model a layer is fitted.
+
+    Attributes:
+        layer: is fitted.
+        step: of the chain, holds it.
+        place: where the layer writes to a residual stream, whose errors it can then take out.
+    """
+
+    layer: Layer
+    step: Step
+    place: Place | None
 
 
 class _Walk:
@@ -110,21 +121,22 @@ class _Walk:
         self,
         graph: Any,
         layers: list[Layer],
-        others: Sequence[Site],
+        sites: Sequence[Site],
         keep: Mapping[str, Sequence[int]],
         recipe: Recipe,
         inputs: list[Inputs],
         chain: list[Step],
-        places: Mapping[str, Tensor],
-        costs: Mapping[str, Tensor | None],
+        refined: Sequence[str],
+        costs: Sensitivity,
         shelf: Shelf,
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
-        self.others = others  # cut and not fitted
+        fitted = {layer.name for layer in layers}
+        self.others = [site for site in sites if site.down not in fitted]  # cut and not fitted
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
-        self.batches, self.places = inputs, places
-        self.costs = costs
+        self.batches, self.given = inputs, [given_weights(recipe, batch) for batch in inputs]
+        self.refined, self.costs = refined, costs
         self.second = [in_second_half(images_alone(batch)) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
         self.last = chain[-1]
@@ -136,54 +148,33 @@ class _Walk:
         """Fit the layers inside one step, and take all batches to the next."""
         prefix = f"{step.name}." if step.name else ""
         inside = [x for x in self.layers if x.name == step.name or x.name.startswith(prefix)]
-        module = self.model.get_submodule(step.name)
         for layer in inside:
+            spot = _Spot(layer, step, self._place(layer, step))
             goes_on = layer is inside[-1] and step is not self.last
-            place = self._place(layer, module, step)
-            targets = self._targets(layer, module, step, place, goes_on)
+            targets = self._targets(spot, goes_on)
             with self._cut(inside):
-                self.corrections[layer.name] = self._fit(layer, module, step, targets, place)
-            if layer.name in self.costs:
+                self.corrections[layer.name] = self._fit(spot, targets)
+            if layer.name in self.refined:
                 with self._cut(inside):
-                    self._refine(layer, module, step, targets, place)
+                    self._refine(spot, targets)
         if step is self.last:
             return
         if not inside:
-            self._go_on(self.dense, module, step)
+            self._go_on(self.dense, step)
         with self._cut(inside):
-            self._go_on(self.cut, module, step)
+            self._go_on(self.cut, step)
 
-    def _go_on(self, states: list[Held[Any]], module: nn.Module, step: Step) -> None:
+    def _go_on(self, states: list[Held[Any]], step: Step) -> None:
+        module = self.model.get_submodule(step.name)
         for batch, state in enumerate(states):
             states[batch] = self.shelf.hold(first_tensor(_inputs(step, state).call(module)))
 
-    def _targets(
-        self, layer: Layer, module: nn.Module, step: Step, place: Place | None, goes_on: bool
-    ) -> list[Held[Tensor]]:
-        """What the dense model has behind a layer, by batch; maybe take it to the next step."""
-        targets = []
-        for batch, state in enumerate(self.dense):
-            seen, output = watch(
-                module,
-                self.model,
-                layer.name,
-                _inputs(step, state),
-                stop=not goes_on,
-                later=place.name if place else None,
-            )
-            target = seen.outputs if seen.later is None else seen.later
-            target = target if layer.outputs is None else target[:, layer.outputs]
-            targets.append(self.shelf.hold(target))
-            if goes_on:
-                self.dense[batch] = self.shelf.hold(first_tensor(output))
-        return targets
-
-    def _place(self, layer: Layer, module: nn.Module, step: Step) -> Place | None:
-        """Where the layer writes to a residual stream, whose errors it can then take out."""
+    def _place(self, layer: Layer, step: Step) -> Place | None:
         if layer.outputs is not None:
             return None
+        module = self.model.get_submodule(step.name)
+        weights = partial(self._weights, layer, 0)
         inputs = _inputs(step, self.dense[0])
-        weights = partial(self._weights, layer, self.batches[0])
         found = find_place(module, self.model, layer.name, inputs, weights)
         if not active():
             return found
@@ -192,27 +183,34 @@ class _Walk:
         device = next(self.model.parameters()).device
         return Place(told[0], told[1].to(device)) if told else None
 
-    def _fit(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        step: Step,
-        targets: list[Held[Tensor]],
-        place: Place | None,
-    ) -> Correction:
+    def _watch(self, spot: _Spot, state: Held[Any], *, stop: bool) -> tuple[Seen, Any]:
+        """Run the step with one state; what the layer reads and gives, and the stream behind it."""
+        module, inputs = self.model.get_submodule(spot.step.name), _inputs(spot.step, state)
+        later = spot.place.name if spot.place else None
+        return watch(module, self.model, spot.layer.name, inputs, stop=stop, later=later)
+
+    def _targets(self, spot: _Spot, goes_on: bool) -> list[Held[Tensor]]:
+        """What the dense model has behind a layer, by batch; maybe take it to the next step."""
+        targets = []
+        for batch, state in enumerate(self.dense):
+            seen, output = self._watch(spot, state, stop=not goes_on)
+            kept = spot.layer.outputs
+            targets.append(self.shelf.hold(seen.behind if kept is None else seen.behind[:, kept]))
+            if goes_on:
+                self.dense[batch] = self.shelf.hold(first_tensor(output))
+        return targets
+
+    def _fit(self, spot: _Spot, targets: list[Held[Tensor]]) -> Correction:
         """Fit a layer to its targets; those of the stream become what the layer should add."""
-        halves = Halves(layer.name)
-        later = place.name if place else None
+        layer, place, halves = spot.layer, spot.place, Halves(spot.layer.name)
         for batch, state in enumerate(self.cut):
-            inputs = _inputs(step, state)
-            seen, _ = watch(module, self.model, layer.name, inputs, stop=True, later=later)
+            seen, _ = self._watch(spot, state, stop=True)
             hidden = layer.inputs(seen.inputs, self.keep)
-            weights = self._weights(layer, self.batches[batch], len(hidden))
-            given = seen.outputs if seen.later is None else seen.later
-            residuals = targets[batch].get() - given
+            residuals = targets[batch].get() - seen.behind
             if place:
                 wanted = seen.outputs * place.scale.to(seen.outputs) + residuals
                 targets[batch] = self.shelf.hold(wanted)
+            weights = self._weights(layer, batch, len(hidden))
             halves.add(hidden, residuals, weights, second=self.second[batch])
         own = getattr(self.model.get_submodule(layer.name), "bias", None)
         bias = own is not None or self.recipe.add_bias
@@ -222,39 +220,30 @@ class _Walk:
         found = corrected(layer.name, halves, self.recipe, bias)
         return place.as_output(found) if place else found
 
-    def _weights(self, layer: Layer, batch: Inputs, tokens: int) -> Tensor | None:
-        return token_weights(self.recipe, self.model, batch, self.places.get(layer.name), tokens)
+    def _weights(self, layer: Layer, batch: int, tokens: int) -> Tensor | None:
+        places = self.costs.places.get(layer.name)
+        return token_weights(self.given[batch], self.model, self.batches[batch], places, tokens)
 
-    def _refine(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        step: Step,
-        targets: list[Held[Tensor]],
-        place: Place | None,
-    ) -> None:
+    def _refine(self, spot: _Spot, targets: list[Held[Tensor]]) -> None:
         """Improve the layers of an MLP together; what that changes is added to the corrections."""
-        site: Any = layer.site
-        part = self.model.get_submodule(site.name)
-        states = [_inputs(step, state) for state in self.cut]
+        layer, site = spot.layer, cast(MLP, spot.layer.site)
+        module, part = (self.model.get_submodule(name) for name in (spot.step.name, site.name))
+        states = [_inputs(spot.step, state) for state in self.cut]
         read = [called for state in states if (called := called_with(module, part, state))]
         if len(read) < len(states):  # only its layers are called, not what holds them
             part, read = module, states
-        examples = [
-            Example(
-                inputs,
-                target,
-                self._weights(layer, self.batches[batch], len(target)),
-                len(self.second[batch]),
-            )
-            for batch, (inputs, target) in enumerate(
-                zip(read, (held.get() for held in targets), strict=True)
-            )
-        ]
+        examples = []
+        for batch, inputs in enumerate(read):
+            target = targets[batch].get()
+            weights = self._weights(layer, batch, len(target))
+            examples.append(Example(inputs, target, weights, len(self.second[batch])))
         targets.clear()
         names = [name for name in (*site.up, site.down) if name in self.corrections]
-        scale = torch.ones(()) if place is None else place.scale
-        mlp = PartOfMLP(part, self.model, layer.name, names, scale, self.costs[layer.name])
+        scale = torch.ones(()) if spot.place is None else spot.place.scale
+        cost = self.costs.outputs.get(layer.name)
+        if cost is not None and layer.outputs is not None:
+            cost = cost[list(layer.outputs)][:, list(layer.outputs)]
+        mlp = PartOfMLP(part, self.model, layer.name, names, scale, cost)
         for name, added in refine_mlp(mlp, examples, self.recipe.refine).items():
             self.corrections[name] = self.corrections[name].plus(added)
 

@@ -2,10 +2,10 @@
 
 One module for each criterion, each a Torch-Pruning importance: `entropy_taylor` (AMP),
 `gram_schmidt` (DGMR), `dimap` (DIMAP) and `reconstruction`. They ask `objectives` what the model
-is for, `error_objective` whether errors count by it, `sensitivity` what they cost and
-`hidden_moments` what its layers read; `recording` and `recomputing` bound the memory of scoring.
-`readiness` collects what an importance needs before it is asked, and `global_ranking` tells where
-ranks are compared.
+is for, `error_objective` whether errors count by it, `sensitivity` what they cost (and `places` at
+which tokens) and `hidden_moments` what its layers read; `recording` and `recomputing` bound the
+memory of scoring. `readiness` collects what an importance needs before it is asked, and
+`global_ranking` tells where ranks are compared.
 """
 
 # What other folders import; every other module here is private to the folder.
@@ -15,6 +15,7 @@ __all__ = [
     "error_objective",
     "gram_schmidt",
     "objectives",
+    "places",
     "readiness",
     "reconstruction",
     "sensitivity",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from tp_amp.algebra.shrinkage import SampleMoments
 from tp_amp.importance.objectives import Objective, resolve_on
+from tp_amp.importance.places import PlaceGradients, check_finite_gradients
 from tp_amp.importance.recomputing import recomputed
 from tp_amp.running.batches import stream
-from tp_amp.running.distributed import Turn, add_up_named, agree, in_turns, of_each, together
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.distributed import Turn, add_up_named, agree, in_turns, together
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.observing import observing
 
@@ -24,6 +25,19 @@ LEAST = 0.1
 # How often any class is drawn instead of one that the model expects. Where it is certain, it would
 # be asked for that class alone, whose gradient is nought however near the others are.
 _UNSURE = 0.1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of layers cost, from one backward pass over the images.
+
+    Attributes:
+        outputs: module path -> G as of `output_sensitivity`.
+        places: module path -> weights as of `place_sensitivity`.
+    """
+
+    outputs: dict[str, Tensor]
+    places: dict[str, Tensor]
 
 
 def output_sensitivity(
@@ -63,31 +77,22 @@ def output_sensitivity(
         ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
             has no blocks one after another for `activation_checkpointing`.
     """
-    resolved = resolve_on(objective, model, batches)
-    moments: dict[str, SampleMoments] = {}
-    images = 0
-    with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
-        own = stream(batches, model, description="sensitivity", progress=progress)
-        for turn in recomputed(in_turns(own), model, stack, wanted=activation_checkpointing):
-            gradients = _gradients(model, layers, turn, resolved, skip_unused)
-            for name, gradient in gradients.items():
-                rows = _rows(model.get_submodule(name), gradient)
-                own_images = turn.inputs.images if turn.inputs else 0
-                moments.setdefault(name, SampleMoments()).add(rows, own_images)
-            images += turn.images
-        # One by one: all at once would take much memory.
-        for name, found in moments.items():
-            sums = {"total": found.total, "squares": found.squares}
-            sums = add_up_named(f"the sensitivity of {name}", sums)
-            found.total, found.squares, found.count = sums["total"], sums["squares"], images
-    _check_finite({name: found.total for name, found in moments.items()})
-    return {name: found.shrunk() for name, found in moments.items()}
+    found = sensitivity(
+        model,
+        batches,
+        objective,
+        outputs=layers,
+        skip_unused=skip_unused,
+        activation_checkpointing=activation_checkpointing,
+        progress=progress,
+    )
+    return found.outputs
 
 
 def place_sensitivity(
     model: nn.Module,
     layers: Collection[str],
-    batches: Sequence[Inputs],
+    batches: Iterable[Any],
     objective: Objective,
     *,
     activation_checkpointing: bool = False,
@@ -101,7 +106,7 @@ def place_sensitivity(
     Args:
         model: left as it was.
         layers: module paths of Linears or convolutions.
-        batches: unlabelled images, prepared.
+        batches: unlabelled images.
         objective: what the model is for.
         activation_checkpointing: as for `EntropyTaylorImportance`.
 
@@ -113,57 +118,54 @@ def place_sensitivity(
         ValueError: a gradient is not finite, or the model has no blocks one after another for
             `activation_checkpointing`.
     """
-    totals: dict[str, Tensor] = {}
-    uneven: set[str] = set()
-    with observing(model, gradients=True), ExitStack() as stack:
-        resolved = objective.resolve(model, batches[0])
-        own = in_turns(iter(batches))
-        for turn in recomputed(own, model, stack, wanted=activation_checkpointing):
-            gradients = _gradients(model, layers, turn, resolved, skip_unused=True)
-            for name, gradient in gradients.items():
-                images = turn.inputs.images if turn.inputs else 1
-                squares = _rows(model.get_submodule(name), gradient).square().sum(1)
-                if len(gradient) % images:
-                    uneven.add(name)
-                    continue
-                places = squares.view(images, -1).sum(0)
-                if name in totals and len(totals[name]) != len(places):
-                    uneven.add(name)
-                    continue
-                totals[name] = totals[name] + places if name in totals else places
-    added = _added({name: total for name, total in totals.items() if name not in uneven})
-    _check_finite(added)
-    return {
-        name: total.to(totals[name]) / total.mean() + 1
-        for name, total in added.items()
-        if float(total.sum()) > 0
-    }
+    found = sensitivity(
+        model,
+        batches,
+        objective,
+        places=layers,
+        activation_checkpointing=activation_checkpointing,
+        progress=False,
+    )
+    return found.places
 
 
-def _check_finite(totals: dict[str, Tensor]) -> None:
-    broken = [name for name, total in totals.items() if not bool(torch.isfinite(total).all())]
-    if broken:
-        raise ValueError(f"gradients at {broken} are not finite; check weights and images for NaN")
-
-
-def _added(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over all ranks, of what has the same places on all of them."""
-    found = of_each("the sensitivity of places", totals)
-    if isinstance(found, dict):
-        return found
-    same = [
-        name
-        for name in found[0]
-        if all(name in other and other[name].shape == found[0][name].shape for other in found)
-    ]
-    return {name: torch.stack([other[name] for other in found]).sum(0) for name in same}
-
-
-def repeated(places: Tensor | None, tokens: int) -> Tensor | None:
-    """The weights of so many tokens, image after image; None where they are no whole images."""
-    if places is None or tokens % len(places):
-        return None
-    return places.repeat(tokens // len(places))
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    outputs: Collection[str] = (),
+    places: Collection[str] = (),
+    skip_unused: bool = False,
+    activation_checkpointing: bool = False,
+    progress: bool = True,
+) -> Sensitivity:
+    """`output_sensitivity` of some layers and `place_sensitivity` of some, in one pass."""
+    layers = list(dict.fromkeys([*outputs, *places]))
+    optional = set(layers) if skip_unused else set(layers) - set(outputs)
+    resolved = resolve_on(objective, model, batches)
+    moments: dict[str, SampleMoments] = {}
+    sums = PlaceGradients()
+    images = 0
+    with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
+        own = stream(batches, model, description="sensitivity", progress=progress)
+        for turn in recomputed(in_turns(own), model, stack, wanted=activation_checkpointing):
+            count = turn.inputs.images if turn.inputs else 0
+            for name, gradient in _gradients(model, layers, turn, resolved, optional).items():
+                rows = _rows(model.get_submodule(name), gradient)
+                if name in outputs:
+                    moments.setdefault(name, SampleMoments()).add(rows, count)
+                if name in places:
+                    sums.add(name, rows, count if len(gradient) % count == 0 else 0)
+            images += turn.images
+        # One by one: all at once would take much memory.
+        for name, found in moments.items():
+            added = {"total": found.total, "squares": found.squares}
+            added = add_up_named(f"the sensitivity of {name}", added)
+            found.total, found.squares, found.count = added["total"], added["squares"], images
+    check_finite_gradients({name: found.total for name, found in moments.items()})
+    costs = {name: found.shrunk() for name, found in moments.items()}
+    return Sensitivity(costs, sums.weights() if places else {})
 
 
 def _gradients(
@@ -171,9 +173,9 @@ def _gradients(
     layers: Collection[str],
     turn: Turn,
     objective: Objective,
-    skip_unused: bool,
+    optional: Collection[str],
 ) -> dict[str, Tensor]:
-    """The gradients at the outputs of some layers, as these are."""
+    """The gradients at the outputs of some layers, as these are; some may have none."""
     outputs: dict[str, Tensor] = {}
     first_run = True
 
@@ -196,7 +198,8 @@ def _gradients(
         gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
     missing += [name for name, gradient in found.items() if gradient is None]
-    if missing and not skip_unused:
+    missing = [name for name in missing if name not in optional]
+    if missing:
         raise ValueError(
             f"the objective does not depend on {missing}, as a classifier's does not on heads for "
             "boxes or masks; leave them out: ignored_layers=[model.get_submodule(name) for name "

@@ -30,6 +30,11 @@ class Seen:
     outputs: Tensor
     later: Tensor | None = None
 
+    @property
+    def behind(self) -> Tensor:
+        """What was seen later, or else the outputs."""
+        return self.outputs if self.later is None else self.later
+
 
 def watch(
     module: nn.Module,
@@ -66,7 +71,7 @@ def watch(
     def see_later(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not seen or after:
             return
-        after.append(args[0].reshape(seen[0][1].shape))
+        after.append(tokens_of(layer, args[0]))
         if stop:
             raise Stop
 
@@ -80,7 +85,7 @@ def watch(
         raise ValueError(f"{name} was not called on a batch; check the batches")
     result = first_tensor(output)
     if later == "" and result is not None:
-        after.append(result.reshape(seen[0][1].shape))
+        after.append(tokens_of(layer, result))
     return Seen(*seen[0], after[0] if after else None), None if stop else output
 
 

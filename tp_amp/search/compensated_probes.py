@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
-from tp_amp.compensation.recipe import (
-    Recipe,
-    corrected,
-    place_weights,
-    read_objective,
-    token_weights,
-)
+from tp_amp.compensation.costs import error_costs
+from tp_amp.compensation.recipe import Recipe, corrected, given_weights, token_weights
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
@@ -48,8 +43,7 @@ class Compensator:
         self.places: dict[str, Tensor] = {}
         if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
-            objective = read_objective(recipe, graph.model, inputs)
-            self.places = place_weights(recipe, graph.model, layers, inputs, objective)
+            self.places = error_costs(recipe, graph.model, layers, [], inputs).places
         self._times: dict[Any, tuple[float, float]] = {}
         self._routed: dict[str, bool] = {}
         self._moments: tuple[str, Halves] | None = None
@@ -135,6 +129,5 @@ class Compensator:
             for batch in stream(self.batches, model, description="moments", progress=False):
                 call, _ = watch(model, model, site.down, batch, stop=True)
                 second = in_second_half(images_alone(batch))
-                places = self.places.get(site.down)
-                tokens = len(call.inputs)
-                yield call, token_weights(self.recipe, model, batch, places, tokens), second
+                given, places = given_weights(self.recipe, batch), self.places.get(site.down)
+                yield call, token_weights(given, model, batch, places, len(call.inputs)), second
