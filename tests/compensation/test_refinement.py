@@ -130,6 +130,24 @@ def test_nothing_is_added_where_nothing_gets_better(loss: float) -> None:
     assert refine({"": layer}, Losses(lambda: 0 * layer(inputs).sum() + loss), 10.0, 3) == {}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "share"),
+    [(5.0, 1.0), (3.0, 0.5), (1.6, 0.125), (0.0, 0.0), (float("nan"), 0.0)],
+)
+def test_as_much_is_taken_as_is_best_on_what_judges(wanted: float, share: float) -> None:
+    """What is learned goes from 1 to 5; what judges wants less of it, or nothing."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 1.0)
+    losses = Losses(lambda: (layer.weight - 5).square().sum())
+    losses.judged = lambda: float((layer.weight.detach() - wanted).square())
+    found = refine({"": layer}, losses, 0.0, 400)
+    assert layer.weight.item() == 1
+    if not share:
+        assert found == {}
+    else:
+        assert float(found[""]["weight"]) == pytest.approx(4 * share, rel=0.02)
+
+
 def test_parameters_are_given_back_after_an_error() -> None:
     layer, inputs, targets = regression()
     own = dict(layer._parameters)
