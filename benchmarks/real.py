@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of photographs")
-    parser.add_argument("--images", type=int, default=256, help="photographs of each draw")
+    parser.add_argument("--images", type=int, default=512, help="photographs of each draw")
     parser.add_argument("--maps", type=int, default=250, help="test images with saliency maps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
