@@ -6,21 +6,22 @@ Model and images are those of benchmarks/real.py. Each MLP is cut alone, with th
 foreseen error of `ReconstructionImportance`, and compensated; then all are cut together, to the
 plans of `plan_for_target`. What is lost is the mean divergence of the dense model's classes from
 the cut one's on test images, in nats for each image, which is what is foreseen. Writes
-results/foreseen.json and foreseen.png.
+results/foreseen.json and the table and picture of the documentation, or all into another
+`--output`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from pages import PAGES, PICTURES, fill
 from real import default_cache, describe
-from real_recipes import Draw
+from real_recipes import IMPORTANCES, Draw
 from real_task import BATCH, Task, load_task, normalise, random_task
 from reference import RESULTS, versions, write_json
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def lost(dense: Tensor, cut: Tensor) -> float:
 def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     """Foreseen and measured losses of each MLP alone and of whole plans."""
     draw = Draw(task, options.images, options.seed)
-    importance, _ = draw.once("Reconstruction", collect)
+    importance, _ = draw.once("Reconstruction", IMPORTANCES["Reconstruction"])
     dense = log_chances(task.model, task, options.test_images)
 
     def row(plan: tp_amp.PruningPlan, **what: Any) -> dict[str, Any]:
@@ -67,12 +68,6 @@ def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         alone.append(row(tp_amp.PruningPlan({name: keep}), layer=name, kept=share))
     together = [row(draw.own_plan(kept), kept=kept) for kept in options.fractions]
     return {"alone": alone, "together": together}
-
-
-def collect(draw: Draw) -> Any:
-    importance = tp_amp.ReconstructionImportance()
-    importance.collect(draw.model, draw.batches, layers=draw.downs, progress=False)
-    return importance, draw.model
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -146,8 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     common |= {"lost_on": min(options.test_images, len(task.right)), **versions()}
     record = common | measure(task, options)
     write_json(record, options.output / "foreseen.json")
-    plot(record, options.output / "foreseen.png")
-    print(report(json.loads((options.output / "foreseen.json").read_text())))
+    table = report(record)
+    picture = options.output / "foreseen.png"
+    if options.output == RESULTS:  # that the documentation shows
+        fill(PAGES / "foreseen.md", "foreseen", table)
+        picture = PICTURES / "foreseen.png"
+    plot(record, picture)
+    print(table)
 
 
 if __name__ == "__main__":

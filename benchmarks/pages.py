@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PAGES = Path(__file__).parents[1] / "docs" / "results"
+PICTURES = PAGES.parent / "pictures"
 NOT_RUN = "**Not run yet.**"
 
 

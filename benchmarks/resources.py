@@ -116,13 +116,6 @@ def is_settled(row: dict[str, Any], options: argparse.Namespace) -> bool:
     return bool(row["outcome"] == "done")
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Replace a result at once, so that it is never found half written."""
-    partial = path.with_suffix(".partial")
-    write_json(record, partial)
-    partial.replace(path)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     real = [name for name in MODELS if name != TINY]
@@ -161,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         row |= run(model, call, options)
         record["rows"] = [x for x in record["rows"] if x not in same] + [row]
-        write(record, path)
+        write_json(record, path)
     text = report(record)
     fill(options.page, "resources", text)
     print(text)
