@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pages import PAGES, PICTURES, fill
+from pages import NOT_RUN, PAGES, PICTURES, fill
 from real import default_cache, describe
 from real_recipes import IMPORTANCES, Draw
 from real_task import BATCH, Task, load_task, normalise, random_task
@@ -94,8 +94,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report(record: dict[str, Any]) -> str:
-    """Two Markdown tables."""
+def report(record: dict[str, Any] | None) -> str:
+    """Two Markdown tables, if there is a result."""
+    if record is None:
+        return NOT_RUN
     lines = ["| MLP | kept | foreseen | lost | lost / foreseen |", "|---|---|---|---|---|"]
     for row in record["alone"]:
         measured = row["lost"]["cut layers"]

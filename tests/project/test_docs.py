@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import foreseen
 import gpu_report
 import pytest
 import real_report
@@ -97,6 +98,7 @@ def without_blocks(page: Path) -> str:
 # Page and result of a name -> what writes its table.
 TABLES = {
     "gpu": gpu_report.report,
+    "foreseen": foreseen.report,
     "real": real_report.report,
     "resources": resource_report.report,
 }
