@@ -72,6 +72,7 @@ def test_nothing_heavy_is_imported_before(full: Path) -> None:
     ("option", "message"),
     [
         (("--ignore", "block.0"), r"--ignore: 'block\.0' matches no module .*; near are blocks\.0"),
+        (("--ignore", "blocks.1-30"), r"--ignore: 'blocks\.1-30' .*the last blocks\.1$"),
         (("--only", "*.mpl"), r"--only: '\*\.mpl' matches no module"),
         (("--ignore", "blocks"), r"all 2 MLPs are ignored layers"),
         (("--round-to", "200"), r"with round_to=200 the smallest width is 200, so that 2 of 2"),
