@@ -1,4 +1,4 @@
-"""Costs against models that are really cut; the bisection against functions that are known."""
+"""Costs against models that are really cut, and what is told where a target is missed."""
 
 import copy
 import math
@@ -78,15 +78,36 @@ def test_the_range_that_is_told_can_be_reached(kind: str) -> None:
     assert float(numbers[2]) == pytest.approx(budget.dense, rel=1e-3)
 
 
-def test_a_latency_far_from_its_target_is_told(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("foreseen", "measured", "remedy"),
+    [
+        (0.5, 0.5, None),
+        (0.499, 0.53, None),
+        (0.47, 0.47, "below the target of"),  # by widths alone
+        (0.4, 0.4, "a smaller round_to"),
+        (0.499, 0.6, "a machine that does nothing else"),
+        (0.4, 0.5, "a machine that does nothing else"),
+        (0.4, 0.6, "a machine that does nothing else"),
+    ],
+)
+def test_a_latency_off_its_target_is_told_by_one_warning(
+    foreseen: float,
+    measured: float,
+    remedy: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     structure = ModelStructure(toy(), images(1))
     budget = Budget({"latency": 0.9}, structure, structure.mlps)
     keep = {name: list(range(width)) for name, width in budget.widths.items()}
-    budget.amount = 0.5 * budget.dense
-    monkeypatch.setattr(budget.latency, "measure", lambda keep: budget.dense)  # as the table says
+    budget.dense, budget.amount = 10.0, 5.0
+    monkeypatch.setattr(budget, "cost", lambda widths: 10 * foreseen)
+    monkeypatch.setattr(budget.latency, "measure", lambda keep: 10 * measured)
+    caplog.clear()
     budget.confirm(keep)
-    [told] = [text for text in caplog.messages if "the latency is" in text]
-    assert "(1.000 of the dense model's), the target" in told
-    assert "(0.500)" in told
+    assert budget.measured == 10 * measured
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (remedy is not None)
+    assert all(str(remedy) in text for text in warnings)
+    if measured == 0.6:
+        assert "the latency is 6 ms (0.600 of the dense model's), the target 5 ms" in warnings[0]

@@ -97,6 +97,15 @@ def test_activation_checkpointing_is_refused_where_nothing_would_be_done(
     assert not list(here.iterdir())
 
 
+def test_compare_takes_an_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of few channels, which stay depends on what errors count by."""
+    command = (*COMPARE, "--importance", "reconstruction", "--keep", "0.1", "--objective")
+    kinds = ("auto", "prediction", "similarity", "reconstruction")
+    values = [record(capsys, *command, kind)["rows"][0]["value"] for kind in kinds]
+    assert values[0] == values[1]
+    assert len({*values}) == 3
+
+
 def test_a_saved_model_is_a_model(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     plan = tp_amp.PruningPlan.from_json((saved / "plan.json").read_text())
     found = record(capsys, "inspect", str(saved))

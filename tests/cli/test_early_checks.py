@@ -38,6 +38,34 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*PRUNE, "--every-linear", "--compensation", "none"],
         r"--every-linear is a compensation, and --compensation none is asked for",
     ),
+    **{
+        f"no entropy, {' '.join(further)}": (
+            [*PRUNE, "--objective", "reconstruction", *further],
+            r"reconstruction is no entropy, by which --importance entropy scores and widths are se",
+        )
+        for further in (
+            ["--importance", "entropy"],
+            ["--importance", "magnitude"],
+            ["--prune-num-heads"],
+            ["--min-width", "8"],
+        )
+    },
+    "no entropy for a tolerance": (
+        [*without("--target", *PRUNE), "--max-increase", "0.1", "--objective", "reconstruction"],
+        r"reconstruction is no entropy, .* --importance reconstruction with --target, without",
+    ),
+    "nothing to run again": (
+        [*PRUNE, "--objective", "reconstruction", "--activation-checkpointing"],
+        r"reconstruction takes no backward pass; leave --activation-checkpointing out",
+    ),
+    "no entropy to compare": (
+        [*COMPARE, "--objective", "reconstruction"],
+        r"by which --importance entropy scores; name the others, as in --importance reconst",
+    ),
+    "an objective that nobody asks for": (
+        [*COMPARE, "--objective", "similarity", "--importance", "lamp", "dimap"],
+        r"--objective is for --importance reconstruction and entropy; leave it out, lamp and dimap",
+    ),
 }
 
 
@@ -72,6 +100,7 @@ def test_nothing_heavy_is_imported_before(full: Path) -> None:
     ("option", "message"),
     [
         (("--ignore", "block.0"), r"--ignore: 'block\.0' matches no module .*; near are blocks\.0"),
+        (("--ignore", "blocks.1-30"), r"--ignore: 'blocks\.1-30' .*the last blocks\.1$"),
         (("--only", "*.mpl"), r"--only: '\*\.mpl' matches no module"),
         (("--ignore", "blocks"), r"all 2 MLPs are ignored layers"),
         (("--round-to", "200"), r"with round_to=200 the smallest width is 200, so that 2 of 2"),

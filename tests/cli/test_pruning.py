@@ -23,6 +23,7 @@ import tp_amp
 from tp_amp.cli.main import main
 from tp_amp.cli.pruning import composed
 from tp_amp.importance import recomputing as recomputing_module
+from tp_amp.importance.objectives import Objective
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -101,6 +102,117 @@ def test_latency_is_a_size_too(
     dense = timm.create_model("vit_tiny_patch16_224", **arguments())
     share = milliseconds(tp_amp.create_model("small")) / milliseconds(dense)
     assert 0.5 < share <= 0.7 + 1e-9
+
+
+@pytest.mark.parametrize("slow", [0.0, 5.0])
+@pytest.mark.parametrize("further", [(), ("--min-width", "8")], ids=["foreseen", "searched"])
+def test_a_latency_off_its_target_is_told_once(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    further: tuple[str, ...],
+    slow: float,
+) -> None:
+    """Where the model at the widths that were planned takes longer than a table of others says."""
+
+    def milliseconds(model: Any) -> float:
+        widths = [model.get_submodule(name).in_features for name in DOWNS]
+        tabled = len(set(widths)) == 1 and widths[0] in (1, 19, 38, 58, 77, 96)
+        return 5.0 + sum(widths) / 20 + (0 if tabled else slow)
+
+    monkeypatch.setattr(
+        "tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000
+    )
+    assert main([*PRUNE, "--target", "latency=0.7", *further]) == 0
+    output = capsys.readouterr()
+    told = [line for line in output.err.splitlines() if "latency" in line]
+    assert len(told) == (slow > 0)
+    assert all(line.startswith("warning: the latency is ") for line in told)
+    found = json.loads(Path("small/prune.json").read_text())
+    dense = timm.create_model("vit_tiny_patch16_224", **arguments())
+    for model, side in ((dense, "before"), (tp_amp.create_model("small"), "after")):
+        assert found[side]["latency"] == pytest.approx(milliseconds(model))
+    reached = found["after"]["latency"] / found["before"]["latency"]
+    assert f"target: latency=0.7, reached {reached:.4g}\n" in output.out
+
+
+def test_a_latency_is_measured_at_each_width_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table takes eight turns of five widths beside the dense one, what is planned eight."""
+    timed: list[Any] = []
+
+    def seconds(model: Any, *_: Any) -> float:
+        timed.append(model)
+        return sum(model.get_submodule(name).in_features for name in DOWNS) / 1000
+
+    monkeypatch.setattr("tp_amp.budget.latency.seconds", seconds)
+    command = ("prune", *MODEL, *SAMPLE, "--target", "latency=0.7")
+    foreseen = record(capsys, *command, "--dry-run")
+    assert len(timed) == 8 * (1 + 5) + 8 * (1 + 1)
+    found = record(capsys, *command, "--output", "small")
+    assert len(timed) == 2 * (8 * (1 + 5) + 8 * (1 + 1))
+    assert found["widths"] == foreseen["widths"]
+    for side in ("before", "after"):
+        assert found[side]["latency"] == foreseen[side]["latency"]
+
+
+DENSE = ("prune", *MODEL, "num_classes=0", "global_pool=", *SAMPLE, "--target", "params=0.8")
+
+
+def test_a_model_of_dense_output_is_pruned_by_what_its_layers_give(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    command = (*DENSE, "--refine", "1", "--output")
+    assert main([*command, "auto"]) == 0
+    output = capsys.readouterr()
+    assert "output is neither classes nor features, so all errors of a layer count" in output.err
+    assert main([*command, "named", "--objective", "reconstruction"]) == 0
+    output = capsys.readouterr()
+    assert "neither classes nor features" not in output.err
+    for file in ("plan.json", "model.safetensors"):
+        assert (here / "auto" / file).read_bytes() == (here / "named" / file).read_bytes()
+    # The cosine of all that the model gives, token by token.
+    assert re.search(r"cosine to the dense model: 1\.0000 -> 0\.9\d+, on 8 images", output.out)
+    assert json.loads((here / "named" / "prune.json").read_text())["objective"] == "reconstruction"
+    model = tp_amp.create_model("named")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5, 24)
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        ("--target", "params=0.8"),
+        ("--max-increase", "0.02", "--importance", "magnitude"),
+        ("--max-increase", "0.02", "--importance", "entropy"),
+    ],
+    ids=["foreseen", "searched", "scored"],
+)
+def test_the_objective_decides_the_plan(here: Path, further: tuple[str, ...]) -> None:
+    command = ["prune", *MODEL, *SAMPLE, *further, "--output"]
+    plans = {}
+    for objective in ("auto", "prediction", "similarity"):
+        assert main([*command, objective, "--objective", objective]) == 0
+        plans[objective] = (here / objective / "plan.json").read_bytes()
+    assert plans["auto"] == plans["prediction"] != plans["similarity"]
+
+
+@pytest.mark.parametrize("size", [("--target", "params=0.8"), ("--max-increase", "0.02")])
+def test_one_objective_goes_to_all_that_ask_for_one(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[str, ...]
+) -> None:
+    """Scores, the search, what tokens weigh, and what errors cost."""
+    kinds: list[Any] = []
+    call = Objective.__init__
+
+    def made(self: Objective, kind: Any = "auto", *rest: Any, **named: Any) -> None:
+        kinds.append(kind)
+        call(self, kind, *rest, **named)
+
+    monkeypatch.setattr(Objective, "__init__", made)
+    command = ["prune", *MODEL, *SAMPLE, *size, "--refine", "1", "--output", "small"]
+    assert main([*command, "--objective", "similarity"]) == 0
+    assert len(kinds) >= 3
+    assert set(kinds) == {"similarity"}
 
 
 @pytest.mark.parametrize("importance", ["entropy", "reconstruction"])

@@ -122,9 +122,10 @@ def test_compared_models_take_turns_and_see_the_same_images() -> None:
     dense.register_forward_hook(lambda *_: turns.append("dense"))
     other.register_forward_hook(lambda *_: turns.append("other"))
     found = tp_amp.measure_both(dense, other, iter([images(6)]), repeats=2)
-    # Without labels, the images are then read for the cosine: of what kind the output is, and both.
-    assert turns[-13:-3] == ["dense", "other"] * (measuring.WARM_UP + 2)
-    assert turns[-3:] == ["dense", "dense", "other"]
+    # Without labels, the images are then read for the cosine: of what kind the output is, whether
+    # it can be read, and both.
+    assert turns[-14:-4] == ["dense", "other"] * (measuring.WARM_UP + 2)
+    assert turns[-4:] == ["dense", "dense", "dense", "other"]
     found = tp_amp.measure_both(dense, other, iter(labelled()), repeats=2)
     alone = [tp_amp.measure(model, labelled(), repeats=2) for model in (dense, other)]
     for together, apart in zip(found, alone, strict=True):

@@ -52,6 +52,22 @@ def test_modules_parameters_and_paths_name_the_same() -> None:
     assert matched(model, None, "layers") == set()
 
 
+def test_a_range_within_ranges_ends_where_any_of_them_does() -> None:
+    """Stages of one, three and two blocks, numbered from 0 and from 1."""
+    stages = [nn.ModuleList(nn.Identity() for _ in range(count)) for count in (1, 3, 2)]
+    model: nn.Module = nn.ModuleDict({"stages": nn.ModuleList(stages)})
+    assert len(matched(model, "stages.0-2.0-2", "only_layers")) == 6
+    assert len(matched(model, "stages.1-2.1-2", "only_layers")) == 3
+    with pytest.raises(ValueError, match=r"number 3, .* the last stages\.1\.2$"):
+        matched(model, "stages.0-2.0-3", "only_layers")
+    with pytest.raises(ValueError, match=r"number 3, .* the last stages\.2$"):
+        matched(model, "stages.0-3.0", "only_layers")
+    later: nn.Module = nn.ModuleDict({str(i): nn.Identity() for i in (4, 6)})
+    assert len(matched(later, "4-6", "only_layers")) == 2
+    with pytest.raises(ValueError, match=r"number 3, which is not there; the first is 4 and the l"):
+        matched(later, "3-6", "only_layers")
+
+
 def test_heads_are_chosen_as_mlps_are() -> None:
     model = vit(2)
     x = torch.randn(4, 3, 32, 32)
@@ -73,6 +89,13 @@ def test_heads_are_chosen_as_mlps_are() -> None:
     [
         (["block.0.mlp"], ValueError, r"'block\.0\.mlp' matches no module of ToyViT; near are bl"),
         (["blocks.7-9"], ValueError, r"'blocks\.7-9' matches no module"),
+        (
+            ["blocks.1-30"],
+            ValueError,
+            r"'blocks\.1-30' names number 30, which is not there; the first is blocks\.0 and the "
+            r"last blocks\.1$",
+        ),
+        (["*.0-2.mlp"], ValueError, r"number 2, which is not there; .* the last blocks\.1$"),
         (["blocks.0", "*.mpl"], ValueError, r"'\*\.mpl' matches no module of ToyViT; near are"),
         ([nn.Linear(2, 2)], ValueError, r"ignored_layers holds a Linear that is no part of"),
         ([nn.Parameter(torch.ones(1))], ValueError, r"holds a Parameter that is no part of"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,7 +80,27 @@ def plan_for_target(
             f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "
             "add them to ignored_layers, or use plan_from_importance or AdaptiveMLPPruner"
         )
-    budget = Budget(target, structure, sites, round_to)
+    return plan_within(Budget(target, structure, sites, round_to), structure, sites, importance)
+
+
+def plan_within(
+    budget: Budget,
+    structure: ModelStructure,
+    sites: Sequence[Site],
+    importance: ReconstructionImportance,
+) -> PruningPlan:
+    """`plan_for_target` where all is read: the widths within a budget of the smallest loss.
+
+    Args:
+        budget: what the widths cost, and how much they may.
+        structure: what was read of the model.
+        sites: its MLPs to cut.
+        importance: has seen what their `down` layers read, or has `data`.
+
+    Raises:
+        ValueError: the budget is out of reach, or a layer was not seen and there is no `data`.
+    """
+    model, round_to = structure.model, budget.round_to
     budget.check({site.down: int(width_choices(site.width, round_to)[0]) for site in sites})
     layers = [
         site.down
@@ -99,7 +119,6 @@ def plan_for_target(
     spent = budget.cost(dict.fromkeys(costs, 0))
     widths = allocate(errors, costs, budget.amount - spent, round_to)
     keep = {n: sorted(importance.orders[n][:width].tolist()) for n, width in widths.items()}
-    budget.tell_missed(widths)
     budget.confirm(keep)
     dense = {site.down: site.width for site in sites}
     return PruningPlan(keep, dense, sites={site.down: site for site in sites})

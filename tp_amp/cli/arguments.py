@@ -8,7 +8,16 @@ from typing import Any, NoReturn
 
 import tp_amp
 from tp_amp.cli import argument_values as value
-from tp_amp.cli.help_texts import CRITERIA, DATA, DESCRIPTION, EXITS, IMPORTANCES, METHODS, MODEL
+from tp_amp.cli.help_texts import (
+    CRITERIA,
+    DATA,
+    DESCRIPTION,
+    EXITS,
+    IMPORTANCES,
+    METHODS,
+    MODEL,
+    OBJECTIVES,
+)
 
 
 class CommandError(ValueError):
@@ -100,6 +109,7 @@ examples:
         metavar="FRACTION",
         help="of the channels of every MLP (default: 0.75 0.5 0.25)",
     )
+    _add_objective(parser)
     _add_compensation(parser, "none")
     parser.add_argument("--plot", metavar="FILE", help="draw a picture: .png, .svg or .pdf")
 
@@ -171,6 +181,7 @@ then, in Python: model = tp_amp.create_model("small")
         metavar="IMPORTANCE",
         help="see below (default: reconstruction)",
     )
+    _add_objective(parser)
     _add_compensation(parser, "affine")
     parser.add_argument(
         "--every-linear",
@@ -344,6 +355,17 @@ def _add_data(
     )
     group.add_argument(
         "--skip-corrupt", action="store_true", help="leave out images that can't be decoded"
+    )
+
+
+def _add_objective(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="auto",
+        help="what the model is for, by which scores and errors count: its predictions, or the "
+        "similarities of its features; reconstruction: all errors of a layer count the same, as "
+        "for dense prediction (default: auto, by the model's output)",
     )
 
 

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import tp_amp
-from tp_amp.budget.budget import Budget
-from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.cli.command_parts import (
     REPORT,
     Answer,
@@ -28,14 +25,7 @@ from tp_amp.cli.describing import described, widths
 from tp_amp.cli.distill_command import distill
 from tp_amp.cli.help_texts import IMPORTANCES
 from tp_amp.cli.output_folder import staging
-from tp_amp.cli.pruning import (
-    FACTORIES,
-    LABELLED,
-    composed,
-    foreseen_plan,
-    prune_model,
-    searching,
-)
+from tp_amp.cli.pruning import LABELLED, Pruning, composed, make_importance
 from tp_amp.data.images import open_images
 from tp_amp.evaluation.comparing import compare as compare_importances
 from tp_amp.evaluation.fidelity import default_metric
@@ -43,10 +33,6 @@ from tp_amp.plan.file_names import PLAN
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.reports.report import Report
 from tp_amp.running.restoring import seeded
-from tp_amp.structure.attention.finding import listed
-from tp_amp.structure.mlps import MLP
-from tp_amp.structure.model_structure import ModelStructure, Site
-from tp_amp.structure.selection import matched, selected
 
 
 def run(options: Namespace) -> Answer:
@@ -78,7 +64,7 @@ def compare(options: Namespace) -> Answer:
     found = compare_importances(
         loaded.model,
         loaded.blank(),
-        {name: FACTORIES[name]() for name in names},
+        {name: make_importance(name, options) for name in names},
         scoring,
         evaluation=judging,
         fractions=options.keep,
@@ -98,7 +84,7 @@ def prune(options: Namespace) -> Answer:
     images = open_images(options.data, options.split)
     loaded = load_model(options)
     model, inputs = loaded.model, loaded.blank()
-    sites = _chosen(model, inputs, options)
+    pruning = Pruning(model, inputs, options)
 
     def drawn() -> list[list[Any]]:
         labelled, batches = draw_batches(options, images, loaded)
@@ -110,20 +96,17 @@ def prune(options: Namespace) -> Answer:
         return batches
 
     if options.dry_run:
-        return _dry_run(model, inputs, sites, drawn(), options)
+        return _dry_run(pruning, *drawn())
     output = Path(options.output)
     with staging(output, model) as folder:
         scoring, judging = drawn()
         metric, measure = default_metric(model, judging)
         before = {**size_of(model, inputs), metric: measure(model)}
         dense = copy.deepcopy(model)
-        plan = prune_model(model, inputs, sites, scoring, judging, options)
+        plan = pruning.prune(scoring, judging)
         after = {**size_of(model, inputs), metric: measure(model)}
-        if "latency" in (options.target or {}):
-            timed = tp_amp.measure_both(dense, model, [inputs])
-            before["latency"], after["latency"] = (
-                1000 / found.images_per_second for found in timed
-            )
+        for sizes, latency in zip((before, after), pruning.latencies(), strict=True):
+            sizes |= latency
         both = tp_amp.measure_both(dense, model, judging)
         if loaded.plan is not None:
             plan = composed(loaded.plan, plan)
@@ -164,6 +147,7 @@ def report(options: Namespace) -> Answer:
 
 _SETTINGS = (
     "importance",
+    "objective",
     "compensation",
     "every_linear",
     "refine",
@@ -178,53 +162,24 @@ _SETTINGS = (
 )
 
 
-def _dry_run(
-    model: nn.Module,
-    inputs: Any,
-    sites: list[Site],
-    batches: list[list[Any]],
-    options: Namespace,
-) -> Answer:
+def _dry_run(pruning: Pruning, scoring: list[Any], judging: list[Any]) -> Answer:
     """Tell what would be cut, or searched; the model is a copy, and nothing is written."""
-    scoring, judging = batches
+    model, inputs, options = pruning.model, pruning.inputs, pruning.options
     shared = {"spec": options.model, "dry_run": True, "target": options.target}
-    plan = foreseen_plan(model, inputs, sites, scoring, options)
+    plan = pruning.foreseen(scoring)
     nothing = "a dry run: nothing was cut or written"
     if plan is None:
-        estimate = searching(model, inputs, sites, scoring, judging, options).estimate()
-        names = [f"  {site.down}: {site.width} {site.units}" for site in sites]
+        estimate = pruning.searching(scoring, judging).estimate()
+        names = [f"  {site.down}: {site.width} {site.units}" for site in pruning.sites]
         lines = ["these would be searched:", *names]
         lines.append(f"the forward passes of the search take at most about {estimate}")
-        record = {**shared, "searched": [site.down for site in sites]} | asdict(estimate)
+        record = {**shared, "searched": [site.down for site in pruning.sites]} | asdict(estimate)
         return Answer("\n".join([*lines, nothing]), record)
-    before = size_of(model, inputs)
     cut = copy.deepcopy(model)
     tp_amp.apply_plan(cut, plan)
-    record = {**shared, "before": before, "after": size_of(cut, inputs), "widths": widths(plan)}
+    before, after = (
+        size_of(each, inputs) | latency
+        for each, latency in zip((model, cut), pruning.latencies(), strict=True)
+    )
+    record = {**shared, "before": before, "after": after, "widths": widths(plan)}
     return Answer(f"{described(record)}\n{nothing}", record)
-
-
-def _chosen(model: nn.Module, inputs: Any, options: Namespace) -> list[Site]:
-    """What is to be cut; a target out of reach is refused before any long work."""
-    structure = ModelStructure(model, inputs)
-    every: list[Site] = [*structure.mlps]
-    if not every:
-        raise ValueError(
-            f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer why"
-        )
-    if options.prune_num_heads:
-        attentions, reasons = structure.attentions
-        if not attentions:
-            raise ValueError(f"no attention of {options.model} can lose heads: {listed(reasons)}")
-        every += attentions
-    for argument, patterns in {"--ignore": options.ignore, "--only": options.only}.items():
-        matched(model, patterns, argument)  # told by the names that were typed
-    sites = selected(model, every, options.ignore, options.only)
-    mlps = [site for site in sites if isinstance(site, MLP)]
-    check_narrowable(mlps, round_to=options.round_to, min_width=options.min_width)
-    if options.target is not None:
-        least = -(-options.min_width // options.round_to) * options.round_to
-        smallest = {site.down: min(site.width, least) for site in mlps}
-        heads = {site.down: 1 for site in sites if site not in mlps}
-        Budget(options.target, structure, sites, options.round_to).check(smallest | heads)
-    return sites

@@ -38,13 +38,12 @@ def described(record: dict[str, Any]) -> str:
         else:
             images = f"{record['images_judged']} images that did not score"
             lines.append(changed(key, before, after, images))
-    if record.get("target") and "after" in record:
+    if record.get("target"):
         [(kind, asked)] = record["target"].items()
         key = "parameters" if kind == "params" else kind
-        if key in record["after"]:  # a dry run measures no latency
-            before, after = record["before"][key], record["after"][key]
-            reached = after / before if asked <= 1 else after
-            lines.append(f"target: {kind}={asked:g}, reached {reached:.4g}")
+        before, after = record["before"][key], record["after"][key]
+        reached = after / before if asked <= 1 else after
+        lines.append(f"target: {kind}={asked:g}, reached {reached:.4g}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from tp_amp.cli.help_texts import RECOMPUTING
+from tp_amp.cli.help_texts import BY_OBJECTIVE, IMPORTANCES
 from tp_amp.cli.output_folder import check_output
 from tp_amp.data.image_places import check_place
 from tp_amp.plan.file_names import PLAN, SOURCE
@@ -22,6 +22,8 @@ def check_early(options: Namespace) -> None:
     given = vars(options)
     if options.command == "prune":
         _check_pruning(options)
+    if options.command == "compare":
+        _check_comparing(options)
     if given.get("output"):
         check_output(Path(options.output), options.overwrite)
     if given.get("html") and not options.html.endswith(".html"):
@@ -48,11 +50,23 @@ def _check_pruning(options: Namespace) -> None:
             "the following arguments are required: --output (or --dry-run, which writes nothing); "
             "see tp-amp prune --help"
         )
-    if options.activation_checkpointing and options.importance not in RECOMPUTING:
+    if options.activation_checkpointing and options.importance not in BY_OBJECTIVE:
         raise ValueError(
-            f"--activation-checkpointing is for --importance {' and '.join(RECOMPUTING)}; leave it "
-            f"out, {options.importance} runs without"
+            f"--activation-checkpointing is for --importance {' and '.join(BY_OBJECTIVE)}; leave "
+            f"it out, {options.importance} runs without"
         )
+    if options.objective == "reconstruction":
+        if has_to_search(options):
+            raise ValueError(
+                "--objective reconstruction is no entropy, by which --importance entropy scores "
+                "and widths are searched: it is for --importance reconstruction with --target, "
+                "without --prune-num-heads and --min-width"
+            )
+        if options.activation_checkpointing:
+            raise ValueError(
+                "--objective reconstruction takes no backward pass; leave "
+                "--activation-checkpointing out"
+            )
     if options.refine and options.compensation != "affine":
         raise ValueError(
             f"--refine goes on from --compensation affine, found {options.compensation}; leave one "
@@ -64,6 +78,26 @@ def _check_pruning(options: Namespace) -> None:
         raise ValueError("--every-linear is a compensation, and --compensation none is asked for")
     if options.every_linear is None:
         options.every_linear = options.compensation == "affine"
+
+
+def has_to_search(options: Namespace) -> bool:
+    """Whether these options of `tp-amp prune` leave widths to a search, whatever the model is."""
+    foreseen = options.importance == "reconstruction" and options.target is not None
+    return not foreseen or options.prune_num_heads or options.min_width > 1
+
+
+def _check_comparing(options: Namespace) -> None:
+    names = options.importance or tuple(IMPORTANCES)
+    if options.objective == "reconstruction" and "entropy" in names:
+        raise ValueError(
+            "--objective reconstruction is no entropy, by which --importance entropy scores; name "
+            "the others, as in --importance reconstruction magnitude"
+        )
+    if options.objective != "auto" and not set(BY_OBJECTIVE) & set(names):
+        raise ValueError(
+            f"--objective is for --importance {' and '.join(BY_OBJECTIVE)}; leave it out, "
+            f"{' and '.join(names)} ask for none"
+        )
 
 
 def _check_plot(path: Path) -> None:

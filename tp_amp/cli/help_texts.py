@@ -12,8 +12,9 @@ IMPORTANCES = {
     "hessian": "Torch-Pruning's Hessian as it is, needs labels",
     "random": "chance, to compare with",
 }
-# Those whose backward pass is tp_amp's own.
-RECOMPUTING = ("reconstruction", "entropy")
+# Those that take an objective, and whose backward pass is tp_amp's own.
+BY_OBJECTIVE = ("reconstruction", "entropy")
+OBJECTIVES = ("auto", "prediction", "similarity", "reconstruction")
 METHODS = ("none", "mean", "affine")
 
 MODEL = """\

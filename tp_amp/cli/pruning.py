@@ -11,10 +11,17 @@ import torch_pruning as tp
 from torch import nn
 
 import tp_amp
+from tp_amp.budget.budget import Budget
+from tp_amp.budget.mlp_widths import check_narrowable
+from tp_amp.budget.target_plan import plan_within
+from tp_amp.cli.early_checks import has_to_search
+from tp_amp.cli.help_texts import BY_OBJECTIVE
 from tp_amp.importance.readiness import forget, make_ready
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.structure.attention.finding import listed
 from tp_amp.structure.mlps import MLP
-from tp_amp.structure.model_structure import Site
+from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.selection import matched, selected
 
 logger = logging.getLogger(__name__)
 
@@ -33,96 +40,130 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 }
 
 
-def prune_model(
-    model: nn.Module,
-    inputs: Any,
-    sites: list[Site],
-    scoring: list[Any],
-    judging: list[Any],
-    options: Namespace,
-) -> PruningPlan:
-    """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
-    plan = foreseen_plan(model, inputs, sites, scoring, options)
-    if plan is not None:
-        if options.checkpoint:
-            logger.warning("--checkpoint is left out: nothing is searched, which takes long")
-        tp_amp.compensate(model, plan, scoring, **_compensation(options))
-    else:
-        pruner = searching(model, inputs, sites, scoring, judging, options)
-        layers = [site.down for site in sites]
-        make_ready(pruner.importance, model, scoring, layers=layers)
-        pruner.step()
-        plan = pruner.plan
-    forget(model)
-    return plan
+class Pruning:
+    """One model, and how it is to be pruned.
+
+    Args:
+        model: dense, or pruned before.
+        inputs: one image.
+        options: of `tp-amp prune`.
+
+    Attributes:
+        sites: what is to be cut.
+        budget: what it may cost, or None without `--target`.
+
+    Raises:
+        ValueError: nothing can be cut, or not as small; told before an image is read.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, options: Namespace) -> None:
+        self.model, self.inputs, self.options = model, inputs, options
+        self._structure = ModelStructure(model, inputs)
+        self.sites = self._chosen()
+        mlps = [site for site in self.sites if isinstance(site, MLP)]
+        check_narrowable(mlps, round_to=options.round_to, min_width=options.min_width)
+        self._searched = has_to_search(options) or any(mlp.first for mlp in mlps)
+        if self._searched and options.objective == "reconstruction":
+            raise ValueError(
+                "--objective reconstruction is no entropy, by which widths are searched, and MLPs "
+                f"beside attentions as in {mlps[0].name} need a search; leave it out"
+            )
+        self.budget: Budget | None = None
+        if options.target is not None:
+            self.budget = Budget(options.target, self._structure, self.sites, options.round_to)
+            least = -(-options.min_width // options.round_to) * options.round_to
+            smallest = {site.down: min(site.width, least) for site in mlps}
+            heads = {site.down: 1 for site in self.sites if site not in mlps}
+            self.budget.check(smallest | heads)
+
+    def _chosen(self) -> list[Site]:
+        model, options = self.model, self.options
+        every: list[Site] = [*self._structure.mlps]
+        if not every:
+            raise ValueError(
+                f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer "
+                "why"
+            )
+        if options.prune_num_heads:
+            attentions, reasons = self._structure.attentions
+            if not attentions:
+                raise ValueError(
+                    f"no attention of {options.model} can lose heads: {listed(reasons)}"
+                )
+            every += attentions
+        for argument, patterns in {"--ignore": options.ignore, "--only": options.only}.items():
+            matched(model, patterns, argument)  # told by the names that were typed
+        return selected(model, every, options.ignore, options.only)
+
+    def foreseen(self, scoring: list[Any]) -> PruningPlan | None:
+        """The widths with the least foreseen loss; None where they have to be searched."""
+        if self.budget is None or self._searched:
+            return None
+        found = make_importance(self.options.importance, self.options)
+        importance = make_ready(found, self.model, scoring, layers=self._downs)
+        return plan_within(self.budget, self._structure, self.sites, importance)
+
+    def searching(self, scoring: list[Any], judging: list[Any]) -> tp_amp.AdaptiveMLPPruner:
+        """The pruner that searches widths, with an importance that is not ready."""
+        options = self.options
+        further = ("checkpoint", "objective", "prune_num_heads", "round_to", "min_width", "target")
+        return tp_amp.AdaptiveMLPPruner(
+            self.model,
+            self.inputs,
+            make_importance(options.importance, options),
+            judging,
+            max_increase=1e-2 if options.max_increase is None else options.max_increase,
+            compensation=tp_amp.Recipe(**_compensation(options)),
+            compensation_data=scoring,
+            ignored_layers=options.ignore,
+            only_layers=options.only,
+            **{name: getattr(options, name) for name in further},
+        )
+
+    def prune(self, scoring: list[Any], judging: list[Any]) -> PruningPlan:
+        """Cut the model in place: at the widths of least foreseen loss, or at searched ones."""
+        plan = self.foreseen(scoring)
+        if plan is not None:
+            if self.options.checkpoint:
+                logger.warning("--checkpoint is left out: nothing is searched, which takes long")
+            tp_amp.compensate(self.model, plan, scoring, **_compensation(self.options))
+        else:
+            pruner = self.searching(scoring, judging)
+            make_ready(pruner.importance, self.model, scoring, layers=self._downs)
+            pruner.step()
+            plan, self.budget = pruner.plan, pruner.budget
+        forget(self.model)
+        return plan
+
+    def latencies(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Milliseconds of the dense model and of the planned one, where they are the target."""
+        if self.budget is None or self.budget.measured is None:
+            return {}, {}
+        return {"latency": self.budget.dense}, {"latency": self.budget.measured}
+
+    @property
+    def _downs(self) -> list[str]:
+        return [site.down for site in self.sites]
 
 
-def foreseen_plan(
-    model: nn.Module, inputs: Any, sites: list[Site], scoring: list[Any], options: Namespace
-) -> PruningPlan | None:
-    """The widths with the least foreseen loss; None where they have to be searched."""
-    side_by_side = any(isinstance(site, MLP) and site.first for site in sites)
-    searched = options.prune_num_heads or options.min_width > 1 or side_by_side
-    if options.importance != "reconstruction" or options.target is None or searched:
-        return None
-    importance = _importance(options)
-    make_ready(importance, model, scoring, layers=[site.down for site in sites])
-    return tp_amp.plan_for_target(
-        model,
-        inputs,
-        importance,
-        options.target,
-        round_to=options.round_to,
-        ignored_layers=options.ignore,
-        only_layers=options.only,
-    )
-
-
-def searching(
-    model: nn.Module,
-    inputs: Any,
-    sites: list[Site],
-    scoring: list[Any],
-    judging: list[Any],
-    options: Namespace,
-) -> tp_amp.AdaptiveMLPPruner:
-    """The pruner that searches widths as the options say, with an importance that is not ready."""
-    return tp_amp.AdaptiveMLPPruner(
-        model,
-        inputs,
-        _importance(options),
-        judging,
-        target=options.target,
-        max_increase=1e-2 if options.max_increase is None else options.max_increase,
-        compensation=tp_amp.Recipe(**_compensation(options)),
-        compensation_data=scoring,
-        checkpoint=options.checkpoint,
-        prune_num_heads=options.prune_num_heads,
-        round_to=options.round_to,
-        min_width=options.min_width,
-        ignored_layers=options.ignore,
-        only_layers=options.only,
-    )
-
-
-def _importance(options: Namespace) -> Any:
-    return FACTORIES[options.importance](**_recomputed(options))
+def make_importance(name: str, options: Namespace) -> Any:
+    """The importance of a name, with what the options of `prune` or `compare` say of it."""
+    if name not in BY_OBJECTIVE:
+        return FACTORIES[name]()
+    again = getattr(options, "activation_checkpointing", False)
+    return FACTORIES[name](objective=options.objective, activation_checkpointing=again)
 
 
 def _compensation(options: Namespace) -> dict[str, Any]:
     """What `Recipe` and `compensate` take; only refining runs backward passes."""
-    recomputed = _recomputed(options) if options.refine else {}
     return {
         "method": options.compensation,
         "every_linear": options.every_linear,
         "refine": options.refine,
         "token_weights": "sensitivity" if options.refine else None,
-        **recomputed,
+        "objective": options.objective,
+        "activation_checkpointing": options.refine > 0 and options.activation_checkpointing,
     }
-
-
-def _recomputed(options: Namespace) -> dict[str, bool]:
-    return {"activation_checkpointing": True} if options.activation_checkpointing else {}
 
 
 def composed(first: PruningPlan, second: PruningPlan) -> PruningPlan:

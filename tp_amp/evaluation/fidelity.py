@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, pooled_features, read_logits
 from tp_amp.running.inputs import Inputs, labels_of, prepare
+from tp_amp.structure.chain import all_tensors
 from tp_amp.structure.observing import observing
 
 Metric = Callable[[nn.Module], float]
+Reader = Callable[[nn.Module, Inputs], Tensor]
 
 ACCURACY, AGREEMENT = "accuracy", "cosine to the dense model"
 
@@ -22,7 +24,7 @@ def default_metric(model: nn.Module, batches: Iterable[Any]) -> tuple[str, Metri
 
     Where the model ends in a classifier and every batch has labels: accuracy. Elsewhere: the mean
     over images of the cosine similarity between the outputs of the pruned and of the dense model,
-    logits of a classifier and features (before a projection) of any other model.
+    as `output_reader` reads them.
 
     Args:
         model: the dense model, whose outputs are kept.
@@ -38,37 +40,78 @@ def default_metric(model: nn.Module, batches: Iterable[Any]) -> tuple[str, Metri
     batches = list(batches)
     inputs = [prepare(batch, model) for batch in batches]
     labels = [labels_of(batch) for batch in batches]
-    classifier = class_count(model, inputs[0]) is not None
-    if classifier and all(found is not None for found in labels):
+    if all(found is not None for found in labels) and class_count(model, inputs[0]) is not None:
         right = torch.cat([found for found in labels if found is not None]).cpu()
-        return ACCURACY, lambda pruned: _accuracy(_outputs(pruned, inputs, True), right)
-    dense = _outputs(model, inputs, classifier)
-    return AGREEMENT, lambda pruned: _agreement(_outputs(pruned, inputs, classifier), dense)
+        return ACCURACY, lambda pruned: _accuracy(_outputs(pruned, inputs, _logits), right)
+    with observing(model, gradients=False):
+        read = output_reader(model, inputs[0])
+    dense = _outputs(model, inputs, read)
+    return AGREEMENT, lambda pruned: _agreement(_outputs(pruned, inputs, read), dense)
 
 
 def class_count(model: nn.Module, inputs: Inputs) -> int | None:
-    """How many classes a model tells apart; None where it does not end in a classifier."""
+    """How many classes a model tells images apart by; None where it does not end in that."""
     with observing(model, gradients=False):
         if not ends_in_classifier(model, inputs):
             return None
-        return read_logits(inputs.call(model)).shape[1]
+        try:
+            return _logits(model, inputs).shape[1]
+        except TypeError:  # those of pixels or boxes
+            return None
 
 
-def _outputs(model: nn.Module, inputs: list[Inputs], classifier: bool) -> Tensor:
-    """Logits or features of all images, in float32 on the CPU."""
+def output_reader(model: nn.Module, inputs: Inputs) -> Reader:
+    """What reads a model's outputs on a batch, so that two models can be compared.
+
+    Returns:
+        A function of a model and a batch, with its outputs as `(images, outputs)`: logits of a
+        classifier, features (before a projection) of other models, and of those that have neither,
+        dense prediction say, all numbers that they give for an image.
+
+    Raises:
+        TypeError: the model gives no numbers for each image.
+    """
+    for read in (_logits if ends_in_classifier(model, inputs) else pooled_features, _all_numbers):
+        try:
+            read(model, inputs)
+        except TypeError:
+            if read is _all_numbers:
+                raise
+        else:
+            break
+    return read
+
+
+def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    return read_logits(inputs.call(model))
+
+
+def _all_numbers(model: nn.Module, inputs: Inputs) -> Tensor:
+    tensors = all_tensors(inputs.call(model))
+    rows = [
+        tensor.flatten(1)
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.dim() > 1 and len(tensor) == inputs.images
+    ]
+    if not rows:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise TypeError(
+            f"{type(model).__name__} gives tensors of shapes {shapes}, none with a row for each of "
+            f"{inputs.images} images; pass a metric of your own"
+        )
+    return torch.cat(rows, 1)
+
+
+def _outputs(model: nn.Module, inputs: list[Inputs], read: Reader) -> list[Tensor]:
+    """What is read of the outputs on each batch, in float32 on the CPU."""
     with observing(model, gradients=False):
-        outputs = [outputs_of(model, batch, classifier) for batch in inputs]
-    return torch.cat(outputs).float().cpu()
+        return [read(model, batch).float().cpu() for batch in inputs]
 
 
-def outputs_of(model: nn.Module, batch: Inputs, classifier: bool) -> Tensor:
-    """Logits of a classifier, else features before a projection, `(images, outputs)`."""
-    return read_logits(batch.call(model)) if classifier else pooled_features(model, batch)
+def _accuracy(outputs: list[Tensor], labels: Tensor) -> float:
+    return float((torch.cat(outputs).argmax(1) == labels).float().mean())
 
 
-def _accuracy(outputs: Tensor, labels: Tensor) -> float:
-    return float((outputs.argmax(1) == labels).float().mean())
-
-
-def _agreement(outputs: Tensor, dense: Tensor) -> float:
-    return float(nn.functional.cosine_similarity(outputs, dense).mean())
+def _agreement(outputs: list[Tensor], dense: list[Tensor]) -> float:
+    found = map(nn.functional.cosine_similarity, outputs, dense)
+    return float(torch.cat(list(found)).mean())

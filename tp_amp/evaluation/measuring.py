@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from tp_amp.evaluation.fidelity import outputs_of
+from tp_amp.evaluation.fidelity import output_reader
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
 from tp_amp.reports.numbers import Measurement
 from tp_amp.running.arguments import check_whole
@@ -186,17 +186,17 @@ def _cosines(
     """The mean cosine similarity of each model's outputs to the first one's, of two and more."""
     if len(models) < 2:
         return [None]
-    totals, images = [0.0] * len(models), 0
     try:
-        classifier = ends_in_classifier(models[0], first)
-        for inputs in chain([first], rest):
-            outputs = [outputs_of(model, inputs, classifier).float() for model in models]
-            images += inputs.images
-            for i, found in enumerate(outputs):
-                totals[i] += float(nn.functional.cosine_similarity(outputs[0], found).sum())
-    except (TypeError, ValueError) as error:
-        logger.debug("no cosine of the outputs: %s", error)
+        read = output_reader(models[0], first)
+    except TypeError as error:
+        logger.warning("no cosine of the outputs is measured: %s", error)
         return [None] * len(models)
+    totals, images = [0.0] * len(models), 0
+    for inputs in chain([first], rest):
+        outputs = [read(model, inputs).float() for model in models]
+        images += inputs.images
+        for i, found in enumerate(outputs):
+            totals[i] += float(nn.functional.cosine_similarity(outputs[0], found).sum())
     return [total / images for total in totals]
 
 

@@ -457,7 +457,6 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 search.judge(found.keep),
                 search.dense_entropy,
             )
-        budget.tell_missed(widths)
         budget.confirm(found.keep)
         return found
 

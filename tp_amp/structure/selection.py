@@ -61,13 +61,13 @@ def matched(model: nn.Module, layers: Layers | None, argument: str) -> set[nn.Mo
     Args:
         model: that they are of.
         layers: modules of the model, their parameters, or patterns of module paths: a path
-            (`blocks.0.mlp`), a glob (`*.mlp`), or with a range of numbers (`blocks.0-3`). None:
-            nothing is named.
+            (`blocks.0.mlp`), a glob (`*.mlp`), or with a range of numbers (`blocks.0-3`), both ends
+            of which must be there. None: nothing is named.
         argument: its name, for the messages.
 
     Raises:
-        ValueError: a pattern matches no module (the nearest paths are told), or a module or
-            parameter is none of the model's.
+        ValueError: a pattern matches no module (the nearest paths are told), a range goes beyond
+            those there are, or a module or parameter is none of the model's.
         TypeError: something else is among them.
     """
     if layers is None:
@@ -96,13 +96,8 @@ def matched(model: nn.Module, layers: Layers | None, argument: str) -> set[nn.Mo
 
 def _matching(pattern: str, named: dict[str, Any], argument: str) -> list[str]:
     """The module paths that a pattern matches."""
-    parts = [
-        [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
-        if (span := _RANGE.fullmatch(part))
-        else [part]
-        for part in pattern.split(".")
-    ]
-    patterns = [".".join(choice) for choice in itertools.product(*parts)]
+    parts = pattern.split(".")
+    patterns = _without_ranges(parts)
     paths = [path for path in named if any(fnmatch.fnmatchcase(path, p) for p in patterns)]
     if not paths:
         near = difflib.get_close_matches(pattern, [path for path in named if path], 3, 0)
@@ -110,7 +105,37 @@ def _matching(pattern: str, named: dict[str, Any], argument: str) -> list[str]:
             f"{argument}: {pattern!r} matches no module of {type(named['']).__name__}; near are "
             f"{', '.join(near)}"
         )
+    for place, part in enumerate(parts):
+        if span := _RANGE.fullmatch(part):
+            there = _numbered(_without_ranges(parts[:place]), named)
+            missing = [number for number in map(int, span.groups()) if number not in there]
+            if missing:
+                raise ValueError(
+                    f"{argument}: {pattern!r} names number {missing[0]}, which is not there; the "
+                    f"first is {there[min(there)]} and the last {there[max(there)]}"
+                )
     return paths
+
+
+def _without_ranges(parts: Sequence[str]) -> list[str]:
+    """The patterns that one with ranges stands for."""
+    numbers = [
+        [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
+        if (span := _RANGE.fullmatch(part))
+        else [part]
+        for part in parts
+    ]
+    return [".".join(choice) for choice in itertools.product(*numbers)]
+
+
+def _numbered(holders: Sequence[str], named: Iterable[str]) -> dict[int, str]:
+    """The modules with a number for a name in what some patterns match, by their numbers."""
+    return {
+        int(path.rpartition(".")[2]): path
+        for path in named
+        if path.rpartition(".")[2].isdecimal()
+        and any(fnmatch.fnmatchcase(path.rpartition(".")[0], holder) for holder in holders)
+    }
 
 
 def _layers(model: nn.Module, site: Site) -> set[nn.Module]:
