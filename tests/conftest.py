@@ -1,13 +1,14 @@
-"""What old releases don't have yet is skipped; and fixtures of the command line's tests."""
+"""What old releases don't have yet is skipped; and fixtures that several tests share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from packaging.version import Version
 
 # What came after the oldest release of timm that is supported.
@@ -25,6 +26,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         if newer and Version(timm.__version__) < Version("1.0.26"):
             pytest.skip(f"timm {timm.__version__}: {newer[0]}")
         raise
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come in the same order each time, and no more memory is held for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -25,15 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tp_amp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN, TEST = 24, 40
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_folders(folder, split, images, labels):

@@ -9,7 +9,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from toys import images, masked, relative, toy
 import tp_amp
 from tp_amp.importance.readiness import make_ready
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"progress": False}
 GPU = [
     pytest.mark.cuda,
@@ -334,11 +334,3 @@ def test_two_ranks_find_what_one_does(device: str, tmp_path: Path) -> None:
         if name != "plan":
             torch.testing.assert_close(ranks[0][name], value, rtol=1e-3, atol=1e-5)
             assert torch.equal(ranks[0][name], ranks[1][name]), name
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from tp_amp.importance import sensitivity
 from tp_amp.importance.readiness import make_ready
 from tp_amp.search.width_search import WidthSearch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, BATCHES = 4, 10
 STATE = BATCH * 64 * 12 * 4  # bytes between two blocks, of one batch
 SETTLED = 3  # steps until everything that a loop keeps is there
@@ -200,14 +201,6 @@ def growth(name: str, hoard: bool) -> dict[str, int]:
     long = {label: held for label, held in found.items() if len(held) >= PROBES}
     assert len(long) == count
     return {label: held[-1] - held[SETTLED] for label, held in long.items()}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", LOOPS)

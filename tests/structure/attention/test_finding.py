@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from toys import perturbed, relative
 from zoo import TIMM, hugging_face_models, image, open_clip_models, torchvision_models
 from zoo_checks import run
-from zoo_more import more_models
+from zoo_more import MODELS
 
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.plan.cutting import narrowed
@@ -118,7 +118,7 @@ def others() -> dict[str, tuple[Callable[[], nn.Module], Any, int]]:
         **torchvision_models(),
         **open_clip_models(),
         **hugging_face_models(),
-        **more_models(),
+        **{name: (tiny.make, tiny.inputs, tiny.count) for name, tiny in MODELS.items()},
         "hf_beit_bias": (beit("use_relative_position_bias"), pixels, 2),
         "hf_beit_shared": (beit("use_shared_relative_position_bias"), pixels, 2),
     }
