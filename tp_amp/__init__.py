@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from tp_amp.reports.comparison import Comparison as Comparison
     from tp_amp.reports.numbers import Measurement as Measurement
     from tp_amp.reports.report import Report as Report
+    from tp_amp.rotation.rotating_heads import RotatedHeads as RotatedHeads
+    from tp_amp.rotation.rotating_heads import rank_plan as rank_plan
+    from tp_amp.rotation.rotating_heads import rotate_heads as rotate_heads
     from tp_amp.running.batches import pick_inputs as pick_inputs
     from tp_amp.running.batches import split_batches as split_batches
     from tp_amp.running.timing import Estimate as Estimate
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from tp_amp.structure.attention.heads import Attention as Attention
     from tp_amp.structure.mlps import MLP as MLP
     from tp_amp.structure.mlps import find_mlps as find_mlps
+    from tp_amp.structure.ranks.head_ranks import HeadRanks as HeadRanks
 
 # Imported on first use: torch_pruning imports timm, and `import tp_amp` shall stay light.
 _MODULES = {
@@ -56,12 +60,14 @@ _MODULES = {
     "EntropyTaylorImportance": "importance.entropy_taylor",
     "Estimate": "running.timing",
     "GramSchmidtImportance": "importance.gram_schmidt",
+    "HeadRanks": "structure.ranks.head_ranks",
     "Inspection": "evaluation.inspection",
     "Measurement": "reports.numbers",
     "PruningPlan": "plan.pruning_plan",
     "Recipe": "compensation.recipe",
     "ReconstructionImportance": "importance.reconstruction",
     "Report": "reports.report",
+    "RotatedHeads": "rotation.rotating_heads",
     "apply_plan": "plan.applying",
     "compare": "evaluation.comparing",
     "measure_both": "evaluation.measuring",
@@ -82,7 +88,9 @@ _MODULES = {
     "plan_for_target": "budget.target_plan",
     "plan_from_importance": "plan.ranking",
     "pruning_ratio_dict": "budget.mlp_widths",
+    "rank_plan": "rotation.rotating_heads",
     "reconstruction_order": "importance.reconstruction",
+    "rotate_heads": "rotation.rotating_heads",
     "save_pruned": "plan.saving",
     "split_batches": "running.batches",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import foreseen
 import gpu_report
+import head_ranks
 import pytest
 import real_report
 import resource_report
@@ -99,6 +100,7 @@ def without_blocks(page: Path) -> str:
 TABLES = {
     "gpu": gpu_report.report,
     "foreseen": foreseen.report,
+    "head_ranks": head_ranks.report,
     "real": real_report.report,
     "resources": resource_report.report,
 }

@@ -17,6 +17,7 @@ from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.running.watching import calls_in_order, routed_layers
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
+from tp_amp.structure.ranks.head_ranks import HeadRanks
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,16 @@ class Layer:
         """What of the layer's input, once it is cut, the correction reads."""
         if self.site is None:
             return values
+        if isinstance(self.site, HeadRanks):  # which reads what is zero for the channels cut
+            return values[:, sorted(self.site.read(kept[self.name]))]
         first = self.site.first
         return values[:, first : first + len(kept[self.name]) * self.site.unit_width]
+
+    def given(self, values: Tensor) -> Tensor:
+        """Of what is behind the layer, dense or cut, what stays of its outputs."""
+        if self.outputs is None or values.shape[1] == len(self.outputs):
+            return values
+        return values[:, self.outputs]
 
 
 def layers_to_fit(
@@ -52,7 +61,11 @@ def layers_to_fit(
 ) -> list[Layer]:
     """The layers to fit, in the order of the forward pass; those a router feeds are left out."""
     model: nn.Module = graph.model
-    cut = {site.down: site for site in sites}
+    # Where queries and keys are cut, what is behind them makes up for it.
+    cut: dict[str, Site | None] = {
+        site.projection: None for site in sites if isinstance(site, HeadRanks)
+    }
+    cut |= {site.down: site for site in sites if site.down not in site.up}
     linears = [n for n, m in model.named_modules() if _is_plain(m) and n not in cut]
     names = [*cut, *(linears if recipe.every_linear else [])]
     routed = routed_layers(model, batch, names)

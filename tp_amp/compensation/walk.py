@@ -131,8 +131,8 @@ class _Walk:
         shelf: Shelf,
     ) -> None:
         self.graph, self.layers, self.keep, self.recipe = graph, layers, keep, recipe
-        fitted = {layer.name for layer in layers}
-        self.others = [site for site in sites if site.down not in fitted]  # cut and not fitted
+        read = {layer.site.down for layer in layers if layer.site is not None}
+        self.others = [site for site in sites if site.down not in read]  # no fitted layer reads it
         self.model: nn.Module = graph.model
         self.corrections: dict[str, Correction] = {}
         self.batches, self.given = inputs, [given_weights(recipe, batch) for batch in inputs]
@@ -194,8 +194,7 @@ class _Walk:
         targets = []
         for batch, state in enumerate(self.dense):
             seen, output = self._watch(spot, state, stop=not goes_on)
-            kept = spot.layer.outputs
-            targets.append(self.shelf.hold(seen.behind if kept is None else seen.behind[:, kept]))
+            targets.append(self.shelf.hold(spot.layer.given(seen.behind)))
             if goes_on:
                 self.dense[batch] = self.shelf.hold(first_tensor(output))
         return targets
@@ -206,7 +205,7 @@ class _Walk:
         for batch, state in enumerate(self.cut):
             seen, _ = self._watch(spot, state, stop=True)
             hidden = layer.inputs(seen.inputs, self.keep)
-            residuals = targets[batch].get() - seen.behind
+            residuals = targets[batch].get() - layer.given(seen.behind)
             if place:
                 wanted = seen.outputs * place.scale.to(seen.outputs) + residuals
                 targets[batch] = self.shelf.hold(wanted)

@@ -17,10 +17,16 @@ from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.nodes import outputs
+from tp_amp.structure.ranks.head_ranks import HELD, HeadRanks, rank_group
 
 
 def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
-    """Make Torch-Pruning's group of some hidden channels of an MLP, or heads of an attention."""
+    """Make Torch-Pruning's group of some hidden channels of an MLP, or heads of an attention.
+
+    Or of some channels of each of its heads.
+    """
+    if isinstance(site, HeadRanks):
+        return rank_group(graph, site, units)
     if isinstance(site, Attention):
         return head_group(graph, site, units)
     return mlp_group(graph, site, units)
@@ -38,11 +44,14 @@ def check_fits(model: nn.Module, site: Site) -> None:
     missing = [name for name in (*names, site.name) if name not in layers]
     if missing:
         raise ValueError(f"{type(model).__name__} has no layer {missing[0]}; {other}")
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) and not isinstance(site, HeadRanks):
         raise ValueError(f"{site.down} is cut with {names[1:]}, a layer of them twice; {other}")
     for name in names:
         if reason := remade(layers[name]):
             raise ValueError(f"{name} can't be cut: {reason}")
+    if isinstance(site, HeadRanks):
+        _check_ranks_fit(layers, site, other)
+        return
     found = _size(layers[site.down], "weight", 1)
     expected = site.width * site.unit_width + site.first
     if found != expected:
@@ -53,6 +62,25 @@ def check_fits(model: nn.Module, site: Site) -> None:
     if not (fits and site.up):
         raise ValueError(
             f"{site.down} reads {expected} channels, other than {names[1:]} have; {other}"
+        )
+
+
+def _check_ranks_fit(layers: dict[str, nn.Module], site: HeadRanks, other: str) -> None:
+    """Check that an attention has all channels of its heads in one of its two widths."""
+    channels = site.heads * site.width
+    if len(site.made) not in HELD:
+        raise ValueError(f"{site.name} makes q, k and v of {len(site.made)} Linears; {other}")
+    for name in site.up:
+        layer = layers[name]
+        held = site.held(layer) if isinstance(layer, nn.Linear) else ()
+        cut = [part for part, own in zip(held, site.cuts(name), strict=False) if own]
+        if len(held) != len(site.cuts(name)) or any(part.channels != channels for part in cut):
+            raise ValueError(
+                f"{name} does not make {site.heads} heads of {site.width} channels; {other}"
+            )
+    if site.pair == "vo" and (found := _size(layers[site.projection], "weight", 1)) != channels:
+        raise ValueError(
+            f"{site.projection} has {found} input channels, the dense model had {channels}; {other}"
         )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tp_amp.structure.attention.heads import Attention
-from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import Site
 
 
@@ -22,7 +20,7 @@ def from_record(record: dict[str, Any]) -> Site:
     Raises:
         KeyError, TypeError or ValueError: it is damaged.
     """
-    kinds: dict[str, type[Site]] = {"MLP": MLP, "Attention": Attention}
+    kinds: dict[str, type[Site]] = {kind.__name__: kind for kind in get_args(Site)}
     fields = {name: value for name, value in record.items() if name != "kind"}
     site: Site = read_typed(fields, kinds[record["kind"]])
     if min(site.width, site.unit_width) < 1 or site.first < 0:
@@ -38,6 +36,10 @@ def read_typed(value: Any, expected: Any) -> Any:
         return expected(**values)  # type: ignore[operator]
     if get_origin(expected) is tuple:
         return tuple(read_typed(item, get_args(expected)[0]) for item in read_typed(value, list))
+    if get_origin(expected) is Literal:
+        if value not in get_args(expected):
+            raise ValueError(f"expected one of {get_args(expected)}, found {value!r}")
+        return value
     if type(value) not in (get_args(expected) or (expected,)):
         raise TypeError(f"expected {expected}, found {value!r}")
     return value

@@ -15,6 +15,7 @@ from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
 from tp_amp.running.atomic_files import write_atomically
 from tp_amp.running.checks import check_model
+from tp_amp.structure.ranks.head_ranks import HeadRanks
 from tp_amp.version import __version__
 
 _LIBRARIES = ("timm", "open_clip", "transformers")
@@ -74,7 +75,10 @@ def save_pruned(
     check_knows_sites(plan)
     for down, kept in plan.keep.items():
         site = plan.sites[down]
-        found = _width(model, down) - site.first
+        if isinstance(site, HeadRanks):
+            found = site.channels_left(model)
+        else:
+            found = _width(model, down) - site.first
         expected = len(kept) * site.unit_width
         if found != expected:
             raise ValueError(

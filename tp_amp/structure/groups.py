@@ -43,13 +43,14 @@ def make_group(graph: Any, layers: list[tuple[str, Any, list[int]]], roots: list
     return group
 
 
-_SIDES: dict[Any, Literal["in", "out"]] = {
-    function.prune_linear_out_channels: "out",
-    function.prune_linear_in_channels: "in",
-    function.prune_conv_out_channels: "out",
-    function.prune_conv_in_channels: "in",
-    function.prune_depthwise_conv_out_channels: "out",
-}
+_LAYERS = (function.LinearPruner, function.ConvPruner)  # the depthwise one is of these
+
+
+def _side(handler: Any) -> Literal["in", "out"] | None:
+    """Which channels of a Linear or convolution a pruner's method cuts; None for other layers."""
+    if not isinstance(getattr(handler, "__self__", None), _LAYERS):
+        return None
+    return "out" if handler.__func__.__name__ == "prune_out_channels" else "in"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def group_layers(group: Any) -> Iterator[GroupLayer]:
     """Yield the Linears and convolutions of a group whose root channels are all known."""
     places = dict(zip(group[0].idxs, range(len(group[0].idxs)), strict=True))
     for item in group.items:
-        side = _SIDES.get(item.dep.handler)
+        side = _side(item.dep.handler)
         # Grouped-query attention leaves None among the root indices.
         if side is None or not places.keys() >= set(item.root_idxs):
             continue

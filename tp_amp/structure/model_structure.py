@@ -16,10 +16,11 @@ from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.chain import Step, find_chain
 from tp_amp.structure.graph import TracedGraph, build_graph, untraced_graph
 from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.ranks.head_ranks import HeadRanks
 
 logger = logging.getLogger(__name__)
 
-Site = MLP | Attention
+Site = MLP | Attention | HeadRanks
 
 
 class ModelStructure:

@@ -38,15 +38,15 @@ def checked(owner: nn.Module, inputs: Inputs, guess: Attention) -> Attention:
     Raises:
         CannotCut: with the reason.
     """
-    model = _noisy(owner)
-    inputs = Inputs(_double(inputs.args), _double(inputs.kwargs))
+    model = noisy_copy(owner)
+    inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
     attention = with_tensors(model, inputs, guess)
     reason = CannotCut("it has no forward pass")
     for forward in OWN if guess.forward == "own" else (guess.forward,):
         attention = replace(attention, forward=forward)
         try:
             for fused, dropped in _trials(model, guess.width):
-                _compare(_switched(model, fused), inputs, attention, dropped)
+                _compare(switched(model, fused), inputs, attention, dropped)
             return attention
         except CannotCut as error:
             reason = error
@@ -62,14 +62,14 @@ def _compare(model: nn.Module, inputs: Inputs, attention: Attention, dropped: li
     with torch.no_grad(), _zeroed(zeroed, attention, dropped):
         try:
             head_group(graph, attention, dropped).prune(record_history=False)
-            found = _first(inputs, narrow)
+            found = first_output(inputs, narrow)
         except Exception as error:
             raise CannotCut(f"{less} its forward pass fails ({error})") from error
-        expected = _first(inputs, zeroed)
-        change = _distance(_first(inputs, model), expected)
+        expected = first_output(inputs, zeroed)
+        change = distance(first_output(inputs, model), expected)
     if change < 10 * TOLERANCE:
         raise CannotCut("its output does not depend on its heads")
-    if _distance(found, expected) > TOLERANCE * min(1.0, change):
+    if distance(found, expected) > TOLERANCE * min(1.0, change):
         raise CannotCut(f"{less} it does not give what it gives with the others' channels zeroed")
 
 
@@ -101,7 +101,7 @@ def _normalising(norm: nn.Module, keep: list[int]) -> Callable[..., Tensor]:
     return normalise
 
 
-def _noisy(owner: nn.Module) -> nn.Module:
+def noisy_copy(owner: nn.Module) -> nn.Module:
     """A copy in double precision without hooks, with noise on every parameter."""
     try:
         model = copy.deepcopy(owner).double()
@@ -121,13 +121,14 @@ def _noisy(owner: nn.Module) -> nn.Module:
     return model
 
 
-def _double(value: Any) -> Any:
+def in_double(value: Any) -> Any:
+    """Arguments of a call with every float tensor in double precision."""
     if isinstance(value, Tensor):
         return value.detach().double() if value.is_floating_point() else value
     if type(value) in (tuple, list):
-        return type(value)(map(_double, value))
+        return type(value)(map(in_double, value))
     if type(value) is dict:
-        return {key: _double(v) for key, v in value.items()}
+        return {key: in_double(v) for key, v in value.items()}
     return value
 
 
@@ -139,14 +140,15 @@ def _trials(model: nn.Module, heads: int) -> list[tuple[bool | None, list[int]]]
     return [(None, one), (None, all_but_one)]
 
 
-def _switched(model: nn.Module, fused: bool | None) -> nn.Module:
+def switched(model: nn.Module, fused: bool | None) -> nn.Module:
+    """The model with fused attention on or off; None leaves it as it is."""
     for module in model.modules():
         if fused is not None and type(vars(module).get("fused_attn")) is bool:
             module.__dict__["fused_attn"] = fused
     return model
 
 
-def _first(inputs: Inputs, model: nn.Module) -> Tensor:
+def first_output(inputs: Inputs, model: nn.Module) -> Tensor:
     """The first tensor of the output; what follows are attention maps."""
     output = model(*inputs.args, **inputs.kwargs)
     while not isinstance(output, Tensor):
@@ -154,7 +156,8 @@ def _first(inputs: Inputs, model: nn.Module) -> Tensor:
     return output
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
     if one.shape != other.shape:
         return float("inf")
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))

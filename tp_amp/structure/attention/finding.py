@@ -19,6 +19,7 @@ from tp_amp.structure.attention.checking import checked
 from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
 from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
+from tp_amp.structure.attention.rank_linear import RankLinear
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def read_attentions(
         return [], dict.fromkeys(names, reason)
     shared = shared_parameters(model)
     with torch.inference_mode(False), evaluating(model, trainable=False):
-        calls = _record(model, owners, example_inputs, forward_fn)
+        calls = record_calls(model, owners, example_inputs, forward_fn)
         for name in names:
             try:
                 attention = _read(model, name, calls, counts)
@@ -143,13 +144,13 @@ def _holds(holder: str, name: str) -> bool:
     return name != holder and (not holder or name.startswith(f"{holder}."))
 
 
-def _record(
+def record_calls(
     model: nn.Module,
     owners: dict[str, nn.Module],
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None,
 ) -> dict[str, Inputs]:
-    """Record the last call of each module, in the order of the calls."""
+    """Record the last call of each module, by its path in `owners`, in the order of the calls."""
     inputs = example(example_inputs)
     calls: dict[str, Inputs] = {}
 
@@ -177,6 +178,8 @@ def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCou
     if name not in calls:
         raise CannotCut("it is not called on the example inputs")
     for layer in model.get_submodule(name).modules():
+        if isinstance(layer, RankLinear):
+            raise CannotCut("its heads have lost channels; cut whole heads before those")
         if reason := remade(layer):
             raise CannotCut(f"of one of its layers, {reason}")
     reasons = []

@@ -1,0 +1,133 @@
+"""Find which attentions have widths inside their heads that can be cut, and prove it by values."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tp_amp.running.checks import remade
+from tp_amp.running.inputs import Inputs
+from tp_amp.running.restoring import evaluating
+from tp_amp.structure.attention.checking import (
+    distance,
+    first_output,
+    in_double,
+    noisy_copy,
+    switched,
+)
+from tp_amp.structure.attention.finding import record_calls
+from tp_amp.structure.attention.head_tensors import CannotCut
+from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.ranks.head_ranks import HELD, HeadRanks, Pair, mix, rank_group
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-8  # in double precision
+_ALONE = "biases apart from the Linears act on channels one by one"
+_BETWEEN = {
+    "qk": f"rotary embeddings, norms of queries and keys, cosine attention or {_ALONE}",
+    "vo": f"norms, gates or {_ALONE} between values and projection",
+}
+
+
+def read_head_ranks(
+    model: nn.Module,
+    attentions: Sequence[Attention],
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None = None,
+) -> tuple[list[HeadRanks], dict[str, str]]:
+    """Find the widths inside heads, and for each attention why it has one or none of them.
+
+    Proven on a copy of each attention, in double precision and with noise on all parameters: it
+    gives the same in other coordinates of its channels, and without half of them what it gives
+    with these at zero, fused and unfused. The model is left as it was.
+
+    Args:
+        model: any model.
+        attentions: of `find_attentions`.
+        example_inputs: as for `find_mlps`.
+        forward_fn: calls the model on the example inputs, as Torch-Pruning's argument does.
+
+    Returns:
+        The widths, by attention in the order of the forward pass, and `name: pair` -> reason.
+    """
+    found: list[HeadRanks] = []
+    reasons: dict[str, str] = {}
+    owners = {attention.name: model.get_submodule(attention.name) for attention in attentions}
+    with torch.inference_mode(False), evaluating(model, trainable=False), torch.no_grad():
+        calls = record_calls(model, owners, example_inputs, forward_fn)
+        for attention in attentions:
+            for pair in get_args(Pair):
+                try:
+                    site = _site(model, attention, pair)
+                    _prove(owners[attention.name], calls[attention.name], site)
+                    found.append(site)
+                except CannotCut as error:
+                    reasons[f"{attention.name}: {pair}"] = str(error)
+    return found, reasons
+
+
+def _site(model: nn.Module, attention: Attention, pair: Pair) -> HeadRanks:
+    for name in (*attention.up, attention.down):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.MultiheadAttention):
+            raise CannotCut("an nn.MultiheadAttention holds queries, keys and values in one tensor")
+        if type(layer) is not nn.Linear or remade(layer):
+            raise CannotCut(f"{name} is no plain Linear, but {type(layer).__name__}")
+    channels = attention.width * attention.head_width
+    made = [len(parts) * channels for parts in HELD[len(attention.up)]]
+    if [model.get_submodule(name).out_features for name in attention.up] != made:
+        raise CannotCut("queries, keys and values are not of one width")
+    return HeadRanks(
+        pair,
+        attention.name,
+        attention.up,
+        attention.down,
+        attention.width,
+        attention.head_width,
+    )
+
+
+def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
+    """Raise the reason unless an attention can be cut in one of its widths."""
+    inside = site.below()
+    model = noisy_copy(owner)
+    inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
+    try:
+        dense = first_output(inputs, model)
+    except Exception as error:
+        raise CannotCut(f"a copy of it can't be run alone ({error})") from error
+    mixed = copy.deepcopy(model)
+    mix(mixed, inside, *_pair(inside))
+    for fused in (True, False):
+        if distance(first_output(inputs, switched(mixed, fused)), dense) > _TOLERANCE:
+            raise CannotCut(_BETWEEN[site.pair])
+    dropped = range((site.width + 1) // 2, site.width)
+    zeroed, narrow = copy.deepcopy(model), copy.deepcopy(model)
+    kept = torch.zeros(inside.width, dtype=torch.double)
+    kept[: dropped.start] = 1
+    mask = kept.diag().expand(site.heads, -1, -1)
+    mix(zeroed, inside, mask, mask)
+    graph = tp.DependencyGraph()
+    graph.model, graph.module2node = narrow, {}
+    graph._module2name = {module: name for name, module in narrow.named_modules()}
+    rank_group(graph, inside, dropped).prune(record_history=False)
+    for fused in (True, False):
+        expected = first_output(inputs, switched(zeroed, fused))
+        if distance(first_output(inputs, switched(narrow, fused)), expected) > _TOLERANCE:
+            raise CannotCut("cut to half of the channels it gives another output than with zeros")
+
+
+def _pair(site: HeadRanks) -> tuple[Tensor, Tensor]:
+    """Coordinates of each head, drawn, and those that undo them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(site.heads, site.width, site.width, generator=generator).double()
+    first = torch.eye(site.width).double() + 0.3 * noise / site.width**0.5
+    inverse = torch.linalg.inv(first)
+    return first, inverse.mT if site.pair == "qk" else inverse
