@@ -239,6 +239,28 @@ def test_compensation_takes_errors_out(kept: dict[str, float], every_linear: boo
     assert [p.shape for p in cut.parameters()] == [p.shape for p in fitted.parameters()]
 
 
+@torch.no_grad()
+def test_layers_without_some_channels_are_fitted_too() -> None:
+    """MLPs cut in a second round: q, k, v and projections make up for what is lost before them."""
+    torch.manual_seed(0)
+    model = vit(img_size=64).eval()
+    x, other = torch.randn(400, 3, 64, 64), torch.randn(64, 3, 64, 64)
+    dense = model(other)
+    plan = tp_amp.rank_plan(tp_amp.rotate_heads(model, x[:1], x.split(100)), {"qk": 0.5, "vo": 0.7})
+    tp_amp.apply_plan(model, plan)
+    mlps = tp_amp.PruningPlan({f"blocks.{i}.mlp.fc2": list(range(40)) for i in range(2)})
+    cut, fitted = copy.deepcopy(model), copy.deepcopy(model)
+    tp_amp.apply_plan(cut, mlps, x[:1])
+    found = tp_amp.compensate(fitted, mlps, x.split(100), every_linear=True, progress=False)
+    assert {"blocks.1.attn.qkv", "blocks.1.attn.proj"} <= found.keys()
+    before, after = ((m(other) - dense).square().mean() for m in (cut, fitted))
+    assert after < 0.5 * before
+    for name in ("blocks.1.attn.qkv", "blocks.1.attn.proj"):
+        layer = fitted.get_submodule(name)
+        assert layer.weight.shape == model.get_submodule(name).weight.shape
+        assert found[name].error < found[name].error_before
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [

@@ -15,6 +15,7 @@ from tp_amp.running.checks import remade
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.running.watching import calls_in_order, routed_layers
+from tp_amp.structure.attention.rank_linear import RankLinear
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.ranks.head_ranks import HeadRanks
@@ -30,16 +31,18 @@ class Layer:
         name: its path.
         site: what it reads of, where its inputs are cut.
         outputs: which of the dense layer's outputs stay; all where None.
+        read: which of its inputs it reads, if channels of heads are cut already; all where None.
     """
 
     name: str
     site: Site | None = None
     outputs: tuple[int, ...] | None = None
+    read: tuple[int, ...] | None = None
 
     def inputs(self, values: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """What of the layer's input, once it is cut, the correction reads."""
         if self.site is None:
-            return values
+            return values if self.read is None else values[:, self.read]
         if isinstance(self.site, HeadRanks):  # which reads what is zero for the channels cut
             return values[:, sorted(self.site.read(kept[self.name]))]
         first = self.site.first
@@ -107,12 +110,20 @@ def layers_to_fit(
         if counts[name] > 1:
             logger.warning("%s is called %d times and is not fitted", name, counts[name])
             continue
-        weight: Any = model.get_submodule(name).weight
-        kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
-        layers.append(Layer(name, cut.get(name), kept if name in dropped else None))
+        layers.append(_layer(name, model.get_submodule(name), cut.get(name), dropped.get(name)))
     return layers
+
+
+def _layer(name: str, module: Any, site: Site | None, dropped: set[int] | None) -> Layer:
+    """What of a layer's inputs and outputs is left, of those that it shows."""
+    if isinstance(module, RankLinear):
+        places, read = module.given_places, module.reads
+        outputs = None if places is None else tuple(places)
+        return Layer(name, site, outputs, None if read is None else tuple(read.places()))
+    kept = tuple(i for i in range(len(module.weight)) if i not in (dropped or ()))
+    return Layer(name, site, None if dropped is None else kept)
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a Linear whose weight can be replaced."""
-    return type(module) is nn.Linear and remade(module) is None
+    return type(module) in (nn.Linear, RankLinear) and remade(module) is None

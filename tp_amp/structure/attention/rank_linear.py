@@ -22,6 +22,10 @@ class Part:
         """How many the Linear holds."""
         return self.heads * self.kept
 
+    def places(self, begin: int = 0) -> list[int]:
+        """Where the kept channels stand among all of them, which begin somewhere."""
+        return [begin + h * self.width + c for h in range(self.heads) for c in range(self.kept)]
+
     def padded(self, values: Tensor) -> Tensor:
         """`(..., heads * kept)` with zeros for the channels that were cut."""
         split = values.reshape(*values.shape[:-1], self.heads, self.kept)
@@ -46,6 +50,15 @@ class RankLinear(nn.Linear):
 
     gives: tuple[Part, ...]
     reads: Part | None
+
+    @property
+    def given_places(self) -> list[int] | None:
+        """Which of its outputs it has a row for; None for all."""
+        places, begin = [], 0
+        for part in self.gives:
+            places += part.places(begin)
+            begin += part.heads * part.width
+        return places or None
 
     def forward(self, values: Tensor) -> Tensor:
         """Apply the narrow weight: `(..., dense inputs)` to `(..., dense outputs)`."""
