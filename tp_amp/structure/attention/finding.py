@@ -19,6 +19,7 @@ from tp_amp.structure.attention.checking import checked
 from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
 from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
+from tp_amp.structure.attention.repeats import call_form
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def read_attentions(
         if name and sum(other.startswith(f"{parent}.") for other in names) == 1:
             owners[parent] = model.get_submodule(parent)
     found: dict[str, Attention] = {}
+    passed: dict[Any, Attention] = {}
     reasons = {}
     if any(parameter.is_meta for parameter in model.parameters()):
         reason = "heads are checked by values, and the model is on the meta device without any"
@@ -106,7 +108,7 @@ def read_attentions(
         calls = _record(model, owners, example_inputs, forward_fn)
         for name in names:
             try:
-                attention = _read(model, name, calls, counts)
+                attention = _read(model, name, calls, counts, passed)
                 layers = [*attention.up, attention.down]
                 layers += [tensor.path.rpartition(".")[0] for tensor in attention.tensors]
                 if tied := told_apart(shared, layers):
@@ -169,8 +171,18 @@ def _record(
     return calls
 
 
-def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCounts) -> Attention:
-    """Describe one attention, or raise the reason why it can't lose heads."""
+def _read(
+    model: nn.Module,
+    name: str,
+    calls: dict[str, Inputs],
+    counts: HeadCounts,
+    passed: dict[Any, Attention],
+) -> Attention:
+    """Describe one attention, or raise the reason why it can't lose heads.
+
+    One that repeats another in `passed`, in all but the values of parameters, is that one; what
+    passes a check of its own is entered there.
+    """
     guesses = _guesses(model, name, counts)
     if counts.counted(model.get_submodule(name)) == 1:
         raise CannotCut("it has one head")
@@ -184,7 +196,11 @@ def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCou
         if owner not in calls:
             continue
         try:
-            return _placed(checked(model.get_submodule(owner), calls[owner], guess), owner)
+            module, inputs = model.get_submodule(owner), calls[owner]
+            form = guess, call_form(module, inputs)
+            if form not in passed:
+                passed[form] = checked(module, inputs, guess)
+            return _placed(passed[form], owner)
         except CannotCut as error:
             reasons.append(error)
     raise reasons[0] if reasons else CannotCut("no Linear reads the channels of all its heads")
