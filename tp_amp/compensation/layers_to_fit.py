@@ -70,10 +70,11 @@ def layers_to_fit(
         model, one_image(batch, 2), [name for name in names if name not in routed]
     )
     counts = {name: called.count(name) for name in called}
-    if any(counts.get(name, 0) != 1 for name in cut):
+    if wrong := {name: counts.get(name, 0) for name in cut if counts.get(name, 0) != 1}:
         raise ValueError(
-            f"compensation needs each layer called once in a forward pass; of {len(cut)} layers "
-            f"the calls were {[name for name in called if name in cut]}"
+            "compensation needs each layer called once in a forward pass, and "
+            f"{', '.join(f'{name} is called {n} times' for name, n in wrong.items())}; "
+            "ignored_layers leaves it whole, and apply_plan cuts it without compensation"
         )
     dropped: dict[str, set[int]] = {}
     for site in sites:

@@ -150,14 +150,14 @@ def _record(
     owners: dict[str, nn.Module],
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None,
-) -> dict[str, Inputs]:
-    """Record the last call of each module, in the order of the calls."""
+) -> dict[str, list[Inputs]]:
+    """Record all calls of each module, in the order of the first ones."""
     inputs = example(example_inputs)
-    calls: dict[str, Inputs] = {}
+    calls: dict[str, list[Inputs]] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = Inputs(args, kwargs)
+            calls.setdefault(name, []).append(Inputs(args, kwargs))
 
         return record
 
@@ -174,14 +174,14 @@ def _record(
 def _read(
     model: nn.Module,
     name: str,
-    calls: dict[str, Inputs],
+    calls: dict[str, list[Inputs]],
     counts: HeadCounts,
     passed: dict[Any, Attention],
 ) -> Attention:
     """Describe one attention, or raise the reason why it can't lose heads.
 
-    One that repeats another in `passed`, in all but the values of parameters, is that one; what
-    passes a check of its own is entered there.
+    A call that repeats one in `passed`, in all but the values of parameters, passes as that did;
+    what passes a check of its own is entered there.
     """
     guesses = _guesses(model, name, counts)
     if counts.counted(model.get_submodule(name)) == 1:
@@ -196,11 +196,15 @@ def _read(
         if owner not in calls:
             continue
         try:
-            module, inputs = model.get_submodule(owner), calls[owner]
-            form = guess, call_form(module, inputs)
-            if form not in passed:
-                passed[form] = checked(module, inputs, guess)
-            return _placed(passed[form], owner)
+            module, found = model.get_submodule(owner), []
+            for inputs in calls[owner]:
+                form = guess, call_form(module, inputs)
+                if form not in passed:
+                    passed[form] = checked(module, inputs, guess)
+                found.append(passed[form])
+            if len(set(found)) > 1:
+                raise CannotCut(f"its {len(found)} calls differ in what has a part for each head")
+            return _placed(found[0], owner)
         except CannotCut as error:
             reasons.append(error)
     raise reasons[0] if reasons else CannotCut("no Linear reads the channels of all its heads")
