@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_amp.compensation.recipe import Recipe
+from tp_amp.compensation.routing import routed_layers
 from tp_amp.plan.cutting import site_group
 from tp_amp.running.checks import remade
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.ties import shared_parameters, told_apart
-from tp_amp.running.watching import calls_in_order, routed_layers
+from tp_amp.running.watching import calls_in_order
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
 
