@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
 from tp_amp.running.inputs import Inputs
@@ -72,11 +72,25 @@ def test_what_a_part_is_called_with() -> None:
     assert called_with(model, nn.Linear(2, 2), Inputs((batch,))) is None
 
 
+class Judging(nn.Module):
+    """Needs the values of what it passes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+@pytest.mark.parametrize("judging", [False, True])
 @torch.no_grad()
-def test_calls_come_in_their_order() -> None:
-    model = toy()
+def test_calls_come_in_their_order(judging: bool) -> None:
+    model, values = toy(), []
+    if judging:
+        model.blocks.append(Judging())
+    model.embed.register_forward_pre_hook(lambda _, args: values.append(not args[0].is_meta))
+    before = fingerprint(model)
     names = ["blocks.1.mlp.second", "head", NAME]
     assert calls_in_order(model, Inputs((images(2),)), names) == [NAME, names[0], "head"]
+    assert fingerprint(model) == before
+    assert values == ([False, True] if judging else [False])
 
 
 def test_the_state_is_the_first_tensor() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import Stop, hooks
+from tp_amp.running.restoring import Stop, hooks, shapes_first
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,23 @@ def called_with(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | 
 
 
 def calls_in_order(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[str]:
-    """Run a model; give the names of some of its modules, one for each call."""
-    called: list[str] = []
-    with hooks(
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, _a, name=name: called.append(name)
-        )
-        for name in names
-    ):
-        inputs.call(model)
-    return called
+    """Run a model; give the names of some of its modules, one for each call.
+
+    Without values where it runs without any.
+    """
+
+    def run(given: Inputs, _: Any) -> list[str]:
+        called: list[str] = []
+        with hooks(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _m, _a, name=name: called.append(name)
+            )
+            for name in names
+        ):
+            given.call(model)
+        return called
+
+    return shapes_first(model, inputs, run)
 
 
 def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:
