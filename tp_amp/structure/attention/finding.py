@@ -229,7 +229,8 @@ def _guesses(model: nn.Module, name: str, counts: HeadCounts) -> Iterator[tuple[
     heads = counts.heads(module, channels) or 0
     if not heads:
         raise CannotCut(
-            f"{kind} has its number of heads as none of {COUNTS}; pass num_heads={{module: n}}"
+            f"{kind} has its number of heads as none of {COUNTS}; pass num_heads={{module: n}} to "
+            "what finds attentions (find_attentions, inspect, plan_from_importance, the pruner)"
         )
     if heads == 1:
         raise CannotCut("it has one head")
