@@ -29,8 +29,21 @@ class Experts(nn.Module):
         return given.view_as(x)
 
 
-def mixture() -> nn.Module:
+class ChoosingExperts(Experts):
+    """Each expert takes as many tokens, those that it likes best (arXiv 2202.09368)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        given = torch.zeros_like(tokens)
+        likings = self.router(tokens).softmax(-1).T
+        for liking, expert in zip(likings, self.experts, strict=True):
+            weights, rows = liking.topk(len(tokens) // 2)
+            given = given.index_add(0, rows, expert(tokens[rows]) * weights[:, None])
+        return given.view_as(x)
+
+
+def mixture(experts: type[Experts] = Experts) -> nn.Module:
     model = toy(depth=3)
     torch.manual_seed(0)
-    model.blocks[0].mlp = Experts(3, 12, 20)
+    model.blocks[0].mlp = experts(3, 12, 20)
     return perturbed(model)

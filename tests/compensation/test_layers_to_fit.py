@@ -7,16 +7,19 @@ import logging
 
 import pytest
 import torch
-from mixtures import DENSE, EXPERTS, mixture
+from mixtures import DENSE, EXPERTS, ChoosingExperts, Experts, mixture
 from toys import fingerprint, images, masked, relative
 
 import tp_amp
 
+KINDS = pytest.mark.parametrize("experts", [Experts, ChoosingExperts])
 
+
+@KINDS
 def test_a_mixture_is_cut_exactly_and_what_is_not_routed_is_corrected(
-    caplog: pytest.LogCaptureFixture,
+    experts: type[Experts], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, x = mixture(), images(64)
+    model, x = mixture(experts), images(64)
     batches = list(x.split(32))
     importance = tp_amp.ReconstructionImportance(data=batches)
     plan = tp_amp.plan_for_target(model, x[:32], importance, {"params": 0.7})
@@ -41,8 +44,9 @@ def test_a_mixture_is_cut_exactly_and_what_is_not_routed_is_corrected(
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_experts_alone_are_cut_without_correction() -> None:
-    model, x = mixture(), images(16)
+@KINDS
+def test_experts_alone_are_cut_without_correction(experts: type[Experts]) -> None:
+    model, x = mixture(experts), images(16)
     expected, before = copy.deepcopy(model), fingerprint(model)["hooks"]
     plan = tp_amp.PruningPlan({EXPERTS[0]: list(range(10))})
     tp_amp.apply_plan(expected, plan, x)
@@ -51,8 +55,9 @@ def test_experts_alone_are_cut_without_correction() -> None:
     assert fingerprint(model)["hooks"] == before
 
 
-def test_the_search_judges_experts_without_correction() -> None:
-    model, x = mixture(), images(64)
+@KINDS
+def test_the_search_judges_experts_without_correction(experts: type[Experts]) -> None:
+    model, x = mixture(experts), images(64)
     pruner = tp_amp.AdaptiveMLPPruner(
         model,
         x[:32],

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import fingerprint, images, masked, relative, toy
+import torch_pruning as tp
+from torch import Tensor, nn
+from toys import PlainMLP, fingerprint, images, masked, perturbed, relative, toy
 
 import tp_amp
 from tp_amp import PruningPlan
@@ -115,3 +117,103 @@ def test_what_apply_plan_can_not_read_is_told() -> None:
     with pytest.raises(TypeError, match=r"found .*'inputs'"):
         tp_amp.apply_plan(model, plan, inputs=images(1))  # type: ignore[call-overload]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Silent(nn.Module):
+    """An attention that tells its number of heads nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 8)).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class SilentBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Silent(), PlainMLP(32, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x.tanh())
+        return x + self.mlp(x.tanh())
+
+
+HEADS = "attention.proj"
+
+
+def silent() -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    return perturbed(SilentBlock()), torch.randn(60, 5, 32)
+
+
+def heads_masked(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
+    """The dense model with all channels of the other heads, and the other neurons, at zero."""
+    channels = [8 * head + i for head in keep[HEADS] for i in range(8)]
+    return masked(model, {**keep, HEADS: channels})
+
+
+@pytest.mark.parametrize("how", ["apply_plan", "compensate", "load_pruned"])
+@pytest.mark.parametrize("source", ["importance", "pruner"])
+def test_a_plan_knows_heads_that_were_found_by_their_number(
+    how: str, source: str, tmp_path: Path
+) -> None:
+    """Nothing is told again, to a model of its own."""
+    (model, x), (other, _) = silent(), silent()
+    if source == "importance":
+        importance = tp.importance.LAMPImportance()
+        widths = {HEADS: 2, "mlp.second": 9}
+        plan = tp_amp.plan_from_importance(
+            model, x[:1], importance, widths, num_heads={model.attention: 4}
+        )
+    else:
+        pruned = copy.deepcopy(model)
+        pruner = tp_amp.AdaptiveMLPPruner(
+            pruned,
+            x[:1],
+            tp.importance.LAMPImportance(),
+            [x],
+            max_increase=0.5,
+            objective=lambda output: output.square().mean(),
+            prune_num_heads=True,
+            num_heads={pruned.attention: 4},
+        )
+        pruner.step()
+        plan = pruner.plan
+        assert 0 < len(plan.keep[HEADS]) < 4
+    expected = heads_masked(model, plan.keep)(x)
+    plan = PruningPlan.from_json(plan.to_json())
+    if how == "compensate":
+        tp_amp.compensate(other, plan, [x], method="none")
+    else:
+        tp_amp.apply_plan(other, plan)
+    if how == "load_pruned":
+        tp_amp.save_pruned(other, tmp_path, plan)
+        other, _ = silent()
+        tp_amp.load_pruned(other, tmp_path)
+    assert other.attention.qkv.out_features == 3 * 8 * len(plan.keep[HEADS])
+    assert relative(other(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["apply_plan", "compensate"])
+def test_a_plan_made_by_hand_may_know_some_of_its_layers(how: str) -> None:
+    model, x = silent()
+    [attention] = tp_amp.find_attentions(model, x[:1], num_heads={model.attention: 4})
+    keep = {HEADS: [0, 2], "mlp.second": [1, 5, 8]}
+    before = fingerprint(model)
+    for call in (tp_amp.apply_plan, lambda m, p, x: tp_amp.compensate(m, p, [x])):
+        with pytest.raises(ValueError, match=r"num_heads=\{module: n\} to what finds attentions"):
+            call(model, PruningPlan(dict(keep)), x)
+    assert fingerprint(model) == before
+    plan = PruningPlan(dict(keep), sites={HEADS: attention})
+    expected = heads_masked(model, keep)(x)
+    if how == "apply_plan":
+        with pytest.raises(ValueError, match="pass example inputs too"):
+            tp_amp.apply_plan(model, plan)
+        tp_amp.apply_plan(model, plan, x[:1])
+    else:
+        tp_amp.compensate(model, plan, [x], method="none")
+    assert relative(model(x), expected) < 1e-5
+    assert plan.sites.keys() == keep.keys()

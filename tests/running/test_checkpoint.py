@@ -18,8 +18,7 @@ from torch import nn
 from toys import images, toy
 
 import tp_amp
-from tp_amp.running.atomic_files import write_atomically
-from tp_amp.running.checkpoint import Checkpoint, describe, digest
+from tp_amp.running.checkpoint import Checkpoint, describe, digest, write_atomically
 
 # Each run is a process of its own, forked before any thread is there, that may kill itself at the
 # start of a forward pass.

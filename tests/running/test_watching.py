@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from mixtures import DENSE, EXPERTS, mixture
 from torch import Tensor, nn
-from toys import fingerprint, images, perturbed, toy
+from toys import fingerprint, images, toy
 
-from tp_amp.running import watching
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.watching import called_with, calls_in_order, first_tensor, routed_layers, watch
+from tp_amp.running.watching import called_with, calls_in_order, first_tensor, watch
 
 NAME = "blocks.0.mlp.second"
 
@@ -77,11 +72,25 @@ def test_what_a_part_is_called_with() -> None:
     assert called_with(model, nn.Linear(2, 2), Inputs((batch,))) is None
 
 
+class Judging(nn.Module):
+    """Needs the values of what it passes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+@pytest.mark.parametrize("judging", [False, True])
 @torch.no_grad()
-def test_calls_come_in_their_order() -> None:
-    model = toy()
+def test_calls_come_in_their_order(judging: bool) -> None:
+    model, values = toy(), []
+    if judging:
+        model.blocks.append(Judging())
+    model.embed.register_forward_pre_hook(lambda _, args: values.append(not args[0].is_meta))
+    before = fingerprint(model)
     names = ["blocks.1.mlp.second", "head", NAME]
     assert calls_in_order(model, Inputs((images(2),)), names) == [NAME, names[0], "head"]
+    assert fingerprint(model) == before
+    assert values == ([False, True] if judging else [False])
 
 
 def test_the_state_is_the_first_tensor() -> None:
@@ -91,83 +100,3 @@ def test_the_state_is_the_first_tensor() -> None:
     assert first_tensor([x]) is x
     assert first_tensor({"x": x}) is None
     assert first_tensor(()) is None
-
-
-class Routed(nn.Module):
-    """A layer that reads some of the tokens, chosen in one of the ways that there are."""
-
-    def __init__(self, choose: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.choose, self.router, self.layer = choose, nn.Linear(12, 1), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choose(self.layer, x, self.router(x)[..., 0])
-
-
-def by_mask(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    picked = score > 0
-    return x.masked_scatter(picked[..., None], layer(x[picked]))
-
-
-def by_sorting(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    tokens, order = x.flatten(0, 1), score.flatten().argsort()
-    few, rest = tokens[order].tensor_split([int((score > 0).sum())])
-    return torch.cat([layer(few), rest])[order.argsort()].view_as(x)
-
-
-def whole_images(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    return layer(x) if score.mean() > 0 else x
-
-
-def in_windows(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    """Not by a router, though images are no dimension of what the layer reads."""
-    return layer(x.reshape(-1, 12)).view_as(x) * score[..., None]
-
-
-def the_best(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
-    """As many of each image."""
-    picked = score.topk(2).indices[..., None].expand(-1, -1, 12)
-    return x.scatter(1, picked, layer(x.gather(1, picked)))
-
-
-@pytest.mark.parametrize("choose", [by_mask, by_sorting, whole_images, in_windows, the_best])
-@torch.no_grad()
-def test_a_layer_is_routed_where_images_differ_in_what_it_reads(choose: Any) -> None:
-    """The reference runs the images one by one."""
-    model, x = toy(), images(8)
-    model.blocks[0].mlp = perturbed(Routed(choose))
-    names = ["blocks.0.mlp.layer", "blocks.0.mlp.router", DENSE, "head"]
-    read: dict[str, list[int]] = {name: [0] * 8 for name in names}
-    values = []
-    for place, image in enumerate(x):
-        for name in names:
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, rows=read[name], place=place: rows.__setitem__(
-                    place, rows[place] + args[0].shape[:-1].numel()
-                )
-            )
-        model(image[None])
-        for name in names:
-            model.get_submodule(name)._forward_pre_hooks.clear()
-    expected = {name for name, rows in read.items() if len(set(rows)) > 1}
-    assert expected <= {"blocks.0.mlp.layer"}
-    assert bool(expected) == (choose not in (in_windows, the_best))
-    model.embed.register_forward_pre_hook(lambda _, args: values.append(not args[0].is_meta))
-    before = fingerprint(model)
-    assert routed_layers(model, Inputs((x,)), names) == expected
-    assert fingerprint(model) == before
-    # Without values unless rows depend on them, and then image by image.
-    assert sum(values) == (8 if expected else 0)
-
-
-def test_layers_that_a_router_feeds_are_known() -> None:
-    model, x = mixture(), images(8)
-    names = [*EXPERTS, "blocks.0.mlp.router", DENSE, "head"]
-    with torch.no_grad():
-        assert routed_layers(model, Inputs((x,)), names) == set(EXPERTS)
-
-
-def test_a_layer_is_routed_if_it_is_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "of_each", lambda _, found: [{"head"}, found])
-    names = [NAME, "head"]
-    assert routed_layers(toy(), Inputs((images(8),)), names) == {"head"}

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_amp.compensation.recipe import Recipe
+from tp_amp.compensation.routing import routed_layers
 from tp_amp.plan.cutting import site_group
 from tp_amp.running.checks import remade
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.ties import shared_parameters, told_apart
-from tp_amp.running.watching import calls_in_order, routed_layers
+from tp_amp.running.watching import calls_in_order
 from tp_amp.structure.attention.rank_linear import RankLinear
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
@@ -86,10 +87,11 @@ def layers_to_fit(
         model, one_image(batch, 2), [name for name in names if name not in routed]
     )
     counts = {name: called.count(name) for name in called}
-    if any(counts.get(name, 0) != 1 for name in cut):
+    if wrong := {name: counts.get(name, 0) for name in cut if counts.get(name, 0) != 1}:
         raise ValueError(
-            f"compensation needs each layer called once in a forward pass; of {len(cut)} layers "
-            f"the calls were {[name for name in called if name in cut]}"
+            "compensation needs each layer called once in a forward pass, and "
+            f"{', '.join(f'{name} is called {n} times' for name, n in wrong.items())}; "
+            "ignored_layers leaves it whole, and apply_plan cuts it without compensation"
         )
     dropped: dict[str, set[int]] = {}
     for site in sites:

@@ -28,13 +28,15 @@ def apply_plan(model: nn.Module, *arguments: Any, **named: Any) -> None:  # noqa
     """Cut the MLPs and heads of a dense model to a plan, through Torch-Pruning, in place.
 
     A plan of a pruner, `plan_for_target` or `plan_from_importance` knows its layers and is cut
-    without tracing. A plan made by hand needs example inputs; it knows its layers afterwards.
+    without tracing. A plan made by hand needs example inputs; it knows its layers afterwards. One
+    that names an attention which does not tell its number of heads is given what `find_attentions`
+    finds with `num_heads=`: `PruningPlan(keep, sites={attention.down: attention})`.
 
     Args:
         model: of the architecture that the plan was made for, not yet pruned.
         plan: MLPs and attentions that it does not name stay as they are. It may also stand after
             the example inputs.
-        example_inputs: as for `find_mlps`; read for a plan that does not know its layers.
+        example_inputs: as for `find_mlps`; read for a plan that does not know all its layers.
 
     Raises:
         ValueError: the plan names a layer that is no MLP or attention of the model, another width,
@@ -91,8 +93,8 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
         whole = isinstance(kept, Sequence) and all(isinstance(i, Integral) for i in kept)
         if not whole or isinstance(kept, str):
             raise TypeError(f"the plan must keep a list of whole numbers of {down}, found {kept!r}")
-    known = knows_sites(plan)
-    sites = plan.sites if known else structure.sites(plan.keep)
+    unknown = [down for down in plan.keep if down not in plan.sites]
+    sites = {**(structure.sites(unknown) if unknown else {}), **plan.sites}
     shared = shared_parameters(structure.model)
     for down, kept in plan.keep.items():
         site = sites[down]
@@ -108,6 +110,6 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
                 f"the plan's kept {site.units} of {down} must be distinct and within "
                 f"0..{site.width - 1}"
             )
-        if known:
+        if down in plan.sites:
             check_fits(structure.model, site)
     return {down: sites[down] for down in plan.keep}

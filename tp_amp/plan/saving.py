@@ -13,7 +13,7 @@ from torch import nn
 
 from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
-from tp_amp.running.atomic_files import write_atomically
+from tp_amp.running.checkpoint import write_atomically
 from tp_amp.running.checks import check_model
 from tp_amp.structure.ranks.head_ranks import HeadRanks
 from tp_amp.version import __version__

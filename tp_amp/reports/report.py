@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tp_amp.reports.numbers import Numbers
 from tp_amp.reports.page import comparisons, groups, page
-from tp_amp.running.atomic_files import write_atomically
+from tp_amp.running.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions

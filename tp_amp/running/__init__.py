@@ -5,15 +5,13 @@
 none, and `batches` reads a loader. `fingerprints` knows tensors again and `ties` parameters that
 layers share. `restoring` holds the context managers that give flags, hooks, attributes and random
 state back, `snapshot` is what they go back to, and `watching` reads what single layers are called
-with. `distributed` lets several processes act as one, `checkpoint` and `atomic_files` keep what a
-long run has done, `shelf` holds what it needs between its steps, and `timing` tells what it will
-take.
+with. `distributed` lets several processes act as one, `checkpoint` keeps what a long run has done,
+`shelf` holds what it needs between its steps, and `timing` tells what it will take.
 """
 
 # What other folders import; every other module here is private to the folder.
 __all__ = [
     "arguments",
-    "atomic_files",
     "batches",
     "checkpoint",
     "checks",

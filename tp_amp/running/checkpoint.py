@@ -1,9 +1,10 @@
-"""Long runs that may be killed at any moment: what is done so far, on disk."""
+"""What is on disk is whole: a file, or what a long run that may be killed has done so far."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tp_amp.running.atomic_files import write_atomically
 from tp_amp.running.distributed import agree, is_first, of_each
 from tp_amp.running.fingerprints import digest
 
 FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under another name first, so that a crash leaves no half file under the final one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Checkpoint:

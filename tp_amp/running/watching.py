@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.running.distributed import of_each
-from tp_amp.running.inputs import Inputs, one_image
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import Stop, hooks, shapes_first
-
-_JUDGED = 8  # images that tell whether a layer reads the same number of tokens of each
 
 
 @dataclass(frozen=True)
@@ -104,52 +100,23 @@ def called_with(module: nn.Module, part: nn.Module, inputs: Inputs) -> Inputs | 
 
 
 def calls_in_order(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[str]:
-    """Run a model; give the names of some of its modules, one for each call."""
-    called: list[str] = []
-    with hooks(
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, _a, name=name: called.append(name)
-        )
-        for name in names
-    ):
-        inputs.call(model)
-    return called
+    """Run a model; give the names of some of its modules, one for each call.
 
-
-def routed_layers(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> set[str]:
-    """Those of some layers that a router sends some of the tokens to, as in mixtures of experts.
-
-    Of several images of one size they read now more rows, now fewer. So they do once layers before
-    them are cut, and what they give can't be compared token by token with the dense model. A model
-    that runs on the meta device has none, since no number of rows can depend on values there.
-    Under a process group a layer is one if it is on any rank's images.
+    Without values where it runs without any.
     """
-    counts = shapes_first(model, inputs, partial(_rows, model, names))
-    read = {name: {found.get(name, 0) for found in counts} for name in names}
-    found = {name for name, rows in read.items() if len(rows) > 1 or 0 in rows}
-    ranks = of_each("the layers that a router feeds", found)
-    return set().union(*ranks) if isinstance(ranks, list) else ranks
 
+    def run(given: Inputs, _: Any) -> list[str]:
+        called: list[str] = []
+        with hooks(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _m, _a, name=name: called.append(name)
+            )
+            for name in names
+        ):
+            given.call(model)
+        return called
 
-def _rows(
-    model: nn.Module, names: Sequence[str], inputs: Inputs, stand_ins: Mapping[Any, Any]
-) -> list[dict[str, int]]:
-    """How many rows layers read of each of a few images; without values, of the first alone."""
-    counts: list[dict[str, int]] = []
-
-    def count(name: str) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].numel() // max(1, args[0].shape[-1])
-            counts[-1][name] = counts[-1].get(name, 0) + rows
-
-        return add
-
-    images = 1 if stand_ins else min(_JUDGED, inputs.images)
-    with hooks(model.get_submodule(n).register_forward_pre_hook(count(n)) for n in names):
-        for place in range(images):
-            counts.append({})
-            one_image(inputs, 1, place).call(model)
-    return counts
+    return shapes_first(model, inputs, run)
 
 
 def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:

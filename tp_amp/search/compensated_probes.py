@@ -12,12 +12,13 @@ from tp_amp.algebra.closed_form import Correction
 from tp_amp.algebra.moments import Halves
 from tp_amp.compensation.costs import error_costs
 from tp_amp.compensation.recipe import Recipe, corrected, given_weights, token_weights
+from tp_amp.compensation.routing import routed_layers
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
 from tp_amp.running.padding import images_alone
 from tp_amp.running.timing import clock
-from tp_amp.running.watching import Seen, routed_layers, watch
+from tp_amp.running.watching import Seen, watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.observing import observing

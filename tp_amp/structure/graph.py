@@ -26,11 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """The last call of a layer in a forward pass with autograd."""
+    """A call of a layer in a forward pass with autograd, and the one before it, if any."""
 
     order: int
     input: Tensor
     output: Tensor
+    earlier: Call | None = None
+
+    def each(self) -> Iterator[Call]:
+        """This call and those before it, the last first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.earlier
 
 
 @dataclass
@@ -38,7 +46,7 @@ class TracedGraph:
     """A dependency graph, and how its layers were called in one forward pass.
 
     Attributes:
-        calls: the call of every module with parameters of its own.
+        calls: the last call of every module with parameters of its own.
         reads_images: whether a module's input depends on the images (a table of positions does
             not); None where the inputs can't tell, such as token numbers.
         graph: the `tp.DependencyGraph`.
@@ -283,7 +291,7 @@ def _record_calls(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Module,
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, Tensor) and isinstance(args[0], Tensor):
-            calls[module] = Call(next(order), args[0], output)
+            calls[module] = Call(next(order), args[0], output, calls.get(module))
 
     leaves = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     with hooks(module.register_forward_hook(record) for module in leaves):

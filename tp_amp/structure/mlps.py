@@ -17,8 +17,8 @@ from tp_amp.structure.adapters import adapted_layer
 from tp_amp.structure.fused import FusedParts, fused_parts
 from tp_amp.structure.graph import TracedGraph, build_graph
 from tp_amp.structure.mlp_cuts import MLP as MLP
+from tp_amp.structure.mlp_cuts import failures
 from tp_amp.structure.nodes import is_operation, is_projection, keeps_channels, outputs
-from tp_amp.structure.proving import failures
 from tp_amp.structure.segments import NotAnMLP, attends, check_apart, check_segment
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ def check_segment(node: Any, traced: TracedGraph, width: int) -> int:
 
     The graph calls everything it does not know element-wise, a matrix product too. Where all
     operations are known to be element-wise, that is proof; else gradients of random channels at
-    one place of the input tell the difference.
+    one place of the input tell the difference, in each call of the layer.
 
     Returns:
         How many rows of a producer make one channel.
@@ -55,9 +55,18 @@ def check_segment(node: Any, traced: TracedGraph, width: int) -> int:
             partial(torch.movedim, source=d or _told_by_gradients(m, calls[m], n), destination=-1)
             for m, d, n in zip(layers, dimensions, channels, strict=True)
         )
-        hidden = own(calls[node.module].input)
-        check_apart(hidden, [calls[module].output for module in modules], others)
+        for call in calls[node.module].each():
+            made = [_last_before(call, calls[module]) for module in modules]
+            check_apart(own(call.input), [each.output for each in made], others)
     return max(ratios)
+
+
+def _last_before(call: Call, producer: Call) -> Call:
+    """The last call of what feeds a layer before a call of the layer."""
+    for made in producer.each():
+        if made.order < call.order:
+            return made
+    raise NotAnMLP("in one of its calls another layer feeds it")
 
 
 def attends(node: Any) -> bool:

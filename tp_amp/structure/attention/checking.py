@@ -19,6 +19,8 @@ from tp_amp.structure.attention.head_tensors import CannotCut, norms_over_heads,
 from tp_amp.structure.attention.heads import Attention, head_group, rows
 
 TOLERANCE = 1e-5
+# Where a module keeps its hooks, which the copy that is checked has none of.
+HOOKS = frozenset(n for n, v in vars(nn.Module()).items() if "hook" in n and isinstance(v, dict))
 
 
 @torch.enable_grad()
@@ -109,10 +111,9 @@ def noisy_copy(owner: nn.Module) -> nn.Module:
         raise CannotCut(f"it can't be copied: {error}") from error
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name.endswith("_hooks"):
-                value.clear()
-    for parameter in model.parameters():
+        for name in HOOKS:
+            vars(module)[name].clear()
+    for parameter in filter(Tensor.is_floating_point, model.parameters()):
         spread = 0.3 * float(parameter.std()) if parameter.numel() > 1 else 0.0
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.double)
         parameter.data += (spread + 0.05) * noise.to(parameter.device)

@@ -20,6 +20,7 @@ from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
 from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
 from tp_amp.structure.attention.rank_linear import RankLinear
+from tp_amp.structure.attention.repeats import call_form
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def read_attentions(
         if name and sum(other.startswith(f"{parent}.") for other in names) == 1:
             owners[parent] = model.get_submodule(parent)
     found: dict[str, Attention] = {}
+    passed: dict[Any, Attention] = {}
     reasons = {}
     if any(parameter.is_meta for parameter in model.parameters()):
         reason = "heads are checked by values, and the model is on the meta device without any"
@@ -107,7 +109,7 @@ def read_attentions(
         calls = record_calls(model, owners, example_inputs, forward_fn)
         for name in names:
             try:
-                attention = _read(model, name, calls, counts)
+                attention = _read(model, name, calls, counts, passed)
                 layers = [*attention.up, attention.down]
                 layers += [tensor.path.rpartition(".")[0] for tensor in attention.tensors]
                 if tied := told_apart(shared, layers):
@@ -149,14 +151,14 @@ def record_calls(
     owners: dict[str, nn.Module],
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None,
-) -> dict[str, Inputs]:
-    """Record the last call of each module, by its path in `owners`, in the order of the calls."""
+) -> dict[str, list[Inputs]]:
+    """Record all calls of each module, in the order of the first ones."""
     inputs = example(example_inputs)
-    calls: dict[str, Inputs] = {}
+    calls: dict[str, list[Inputs]] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = Inputs(args, kwargs)
+            calls.setdefault(name, []).append(Inputs(args, kwargs))
 
         return record
 
@@ -170,8 +172,18 @@ def record_calls(
     return calls
 
 
-def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCounts) -> Attention:
-    """Describe one attention, or raise the reason why it can't lose heads."""
+def _read(
+    model: nn.Module,
+    name: str,
+    calls: dict[str, list[Inputs]],
+    counts: HeadCounts,
+    passed: dict[Any, Attention],
+) -> Attention:
+    """Describe one attention, or raise the reason why it can't lose heads.
+
+    A call that repeats one in `passed`, in all but the values of parameters, passes as that did;
+    what passes a check of its own is entered there.
+    """
     guesses = _guesses(model, name, counts)
     if counts.counted(model.get_submodule(name)) == 1:
         raise CannotCut("it has one head")
@@ -187,7 +199,15 @@ def _read(model: nn.Module, name: str, calls: dict[str, Inputs], counts: HeadCou
         if owner not in calls:
             continue
         try:
-            return _placed(checked(model.get_submodule(owner), calls[owner], guess), owner)
+            module, found = model.get_submodule(owner), []
+            for inputs in calls[owner]:
+                form = guess, call_form(module, inputs)
+                if form not in passed:
+                    passed[form] = checked(module, inputs, guess)
+                found.append(passed[form])
+            if len(set(found)) > 1:
+                raise CannotCut(f"its {len(found)} calls differ in what has a part for each head")
+            return _placed(found[0], owner)
         except CannotCut as error:
             reasons.append(error)
     raise reasons[0] if reasons else CannotCut("no Linear reads the channels of all its heads")
@@ -212,7 +232,8 @@ def _guesses(model: nn.Module, name: str, counts: HeadCounts) -> Iterator[tuple[
     heads = counts.heads(module, channels) or 0
     if not heads:
         raise CannotCut(
-            f"{kind} has its number of heads as none of {COUNTS}; pass num_heads={{module: n}}"
+            f"{kind} has its number of heads as none of {COUNTS}; pass num_heads={{module: n}} to "
+            "what finds attentions (find_attentions, inspect, plan_from_importance, the pruner)"
         )
     if heads == 1:
         raise CannotCut("it has one head")

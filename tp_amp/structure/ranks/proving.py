@@ -24,6 +24,7 @@ from tp_amp.structure.attention.checking import (
 from tp_amp.structure.attention.finding import record_calls
 from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.attention.repeats import call_form
 from tp_amp.structure.ranks.head_ranks import HELD, HeadRanks, Pair, mix, rank_group
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def read_head_ranks(
 ) -> tuple[list[HeadRanks], dict[str, str]]:
     """Find the widths inside heads, and for each attention why it has one or none of them.
 
-    Proven on a copy of each attention, in double precision and with noise on all parameters: it
+    Proven on a copy of each attention, or of one that differs from it in the values of parameters
+    alone, in double precision and with noise on all parameters: it
     gives the same in other coordinates of its channels, and without half of them what it gives
     with these at zero, fused and unfused. The model is left as it was.
 
@@ -62,11 +64,16 @@ def read_head_ranks(
     owners = {attention.name: model.get_submodule(attention.name) for attention in attentions}
     with torch.inference_mode(False), evaluating(model, trainable=False), torch.no_grad():
         calls = record_calls(model, owners, example_inputs, forward_fn)
+        proven = set()
         for attention in attentions:
             for pair in get_args(Pair):
                 try:
                     site = _site(model, attention, pair)
-                    _prove(owners[attention.name], calls[attention.name], site)
+                    for inputs in calls[attention.name]:
+                        form = site.below(), call_form(owners[attention.name], inputs)
+                        if form not in proven:
+                            _prove(owners[attention.name], inputs, site)
+                            proven.add(form)
                     found.append(site)
                 except CannotCut as error:
                     reasons[f"{attention.name}: {pair}"] = str(error)
