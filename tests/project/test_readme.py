@@ -65,6 +65,17 @@ def commands() -> list[str]:
 
 
 # What the README says, with a group for each figure, and where these come from.
+def other_sizes() -> list[str]:
+    found = []
+    for kept in (0.7, 0.3):
+        [row] = rows(kept)
+        found += [
+            f"{100 * row[key]:.{places}f}"
+            for key, places in (("kept", 0), ("lost", 1), ("lost_standard_error", 1))
+        ]
+    return found
+
+
 CLAIMS: list[tuple[str, Callable[[], list[str]]]] = [
     (rf"with a linear probe, on ({FIGURE}) photographs of ten classes", real),
     (
@@ -72,6 +83,11 @@ CLAIMS: list[tuple[str, Callable[[], list[str]]]] = [
         rf"\(half of those of the MLPs\) with an accuracy of ({FIGURE}) % where the dense "
         rf"model has ({FIGURE}) %: it loses ({FIGURE}) ± ({FIGURE}) points",
         recipe,
+    ),
+    (
+        rf"With ({FIGURE}) % of the MLPs it loses ({FIGURE}) ± ({FIGURE}) points, "
+        rf"with ({FIGURE}) % of them ({FIGURE}) ± ({FIGURE})",
+        other_sizes,
     ),
     (rf"two models of ({FIGURE}) and ({FIGURE}) million parameters", small_models),
     (rf"they took ({FIGURE}) seconds and ({FIGURE}) minutes, without", commands),
