@@ -35,6 +35,12 @@ class RotatedHeads:
         errors: for each number of leading channels kept, from none to all, the mean squared error
             of the logits before they are scaled (`"qk"`) or of what the attention adds (`"vo"`),
             summed over the heads, as a share of all of it: `(width + 1,)`.
+
+    Example:
+        >>> import tp_amp
+        >>> site = tp_amp.HeadRanks("qk", "attn", ("attn.qkv",), "attn.proj", heads=2, width=2)
+        >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).site.width
+        2
     """
 
     site: HeadRanks
@@ -44,6 +50,7 @@ class RotatedHeads:
         """The fewest channels of each head whose share of errors is at most `error`.
 
         Example:
+            >>> import tp_amp
             >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=2)
             >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).width_for(0.25)
             1
@@ -202,6 +209,7 @@ def rank_plan(
         ValueError: a pair or a share is none.
 
     Example:
+        >>> import tp_amp
         >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
         >>> plan = tp_amp.rank_plan([tp_amp.RotatedHeads(site, (0.0,) * 9)], {"vo": 0.5})
         >>> plan.keep

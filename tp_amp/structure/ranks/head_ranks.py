@@ -35,6 +35,12 @@ class HeadRanks:
         projection: path of the output projection.
         heads: number of heads.
         width: channels of each head.
+
+    Example:
+        >>> import tp_amp
+        >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
+        >>> site.down, site.up
+        ('attn.proj', ('attn.qkv',))
     """
 
     pair: Pair
