@@ -69,6 +69,12 @@ def the_best_by_products(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
     return x + torch.einsum("bkt,bk,bkd->btd", chosen, gates, given)
 
 
+def the_best_by_a_scattered_matrix(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
+    picked = score.topk(2).indices
+    chosen = torch.zeros_like(x @ x.transpose(1, 2))[:, :2].scatter(2, picked[..., None], 1.0)
+    return x + chosen.transpose(1, 2) @ layer(chosen @ x)
+
+
 def sorted_and_back(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
     order = score.argsort(1)[..., None].expand_as(x)
     return layer(x.gather(1, order)).gather(1, order.argsort(1))
@@ -86,11 +92,16 @@ def at_fixed_places(layer: nn.Module, x: Tensor, score: Tensor) -> Tensor:
     order = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
     hidden = torch.where(x > 0, x, 0 * x) * (score > 0)[..., None].to(x)
     weights = (hidden @ hidden.transpose(1, 2)).masked_fill(score[:, None] > 0, -9.0)
+    weights = weights + torch.zeros_like(score).masked_fill(score < 0, -9.0)[:, None]
+    x = x + layer.weight[(score > 0).long()]  # a table
     return layer((weights.softmax(-1) @ x)[:, order]) * score[..., None]
 
 
 COUNTED = [by_mask, by_sorting, whole_images]
-CHOSEN = [the_best, the_best_added, the_best_by_products, sorted_and_back, sorted_and_put_back]
+CHOSEN = [
+    *(the_best, the_best_added, the_best_by_products, the_best_by_a_scattered_matrix),
+    *(sorted_and_back, sorted_and_put_back),
+]
 
 
 @pytest.mark.parametrize("choose", [*COUNTED, *CHOSEN, in_windows, at_fixed_places])
@@ -128,6 +139,26 @@ def test_a_layer_is_routed_where_values_choose_what_it_reads(choose: Any) -> Non
     assert fingerprint(model) == before
     # Without values unless the number of rows depends on them, and then image by image.
     assert sum(values) == (8 if choose in COUNTED else 0)
+
+
+class Shuffled(nn.Module):
+    """Its tokens stand in the order of the brightness of their patches, which no cut changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = toy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.model.embed(x).flatten(2).transpose(1, 2)
+        order = nn.functional.avg_pool2d(x, 4).flatten(1).argsort(1)
+        tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+        return self.model.head(self.model.blocks(tokens).mean(1))
+
+
+@torch.no_grad()
+def test_an_order_that_the_images_give_is_no_routers() -> None:
+    names = [f"model.{NAME}", "model.head"]
+    assert routed_layers(Shuffled(), Inputs((images(8),)), names) == set()
 
 
 class Pruning(nn.Module):

@@ -217,3 +217,14 @@ def test_a_plan_made_by_hand_may_know_some_of_its_layers(how: str) -> None:
         tp_amp.compensate(model, plan, [x], method="none")
     assert relative(model(x), expected) < 1e-5
     assert plan.sites.keys() == keep.keys()
+
+
+def test_frozen_parameters_stay_frozen_and_others_trainable() -> None:
+    model, x = silent()
+    frozen = {"mlp.first.weight", "mlp.second.bias", "attention.qkv.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    [attention] = tp_amp.find_attentions(model, x[:1], num_heads={model.attention: 4})
+    plan = PruningPlan({HEADS: [0, 2], "mlp.second": [1, 5]}, sites={HEADS: attention})
+    tp_amp.apply_plan(model, plan, x[:1])
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen

@@ -49,6 +49,25 @@ def test_the_output_of_what_is_run_comes_later_too() -> None:
     assert seen.later is None
 
 
+class Around(nn.Module):
+    """The same norm before the layer and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.layer(self.norm(x)))
+
+
+@torch.no_grad()
+def test_what_comes_later_is_not_what_came_before() -> None:
+    model, x = Around(), torch.randn(3, 6)
+    for stop in (True, False):
+        seen, _ = watch(model, model, "layer", Inputs((x,)), stop=stop, later="norm")
+        torch.testing.assert_close(seen.later, x + model.layer(model.norm(x)))
+
+
 def test_a_layer_that_is_not_called_is_named() -> None:
     model = toy()
     with pytest.raises(ValueError, match="second was not called on a batch"):

@@ -102,6 +102,8 @@ class _ChosenRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [v for v in tree_leaves((args, kwargs or {})) if isinstance(v, Tensor)]
         output = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name.startswith("new_") or name.endswith("_like"):
+            given = []  # it reads their sizes alone
         marks = [self.of(tensor) for tensor in given]
         values = [own for t, own in zip(given, marks, strict=True) if _floating(t)]
         for result in tree_leaves(output):
@@ -119,7 +121,7 @@ def _marked_places(name: str, marks: list[set[str]], values: list[set[str]]) -> 
         marks: of all tensors.
         values: of the floating ones.
     """
-    held = set().union(*marks)
+    held: set[str] = set().union(*marks)
     if any("data" in own for own in values):
         return {"places"}
     turned = "places" in held and (name == "sort" or name.startswith(_PUTS))
@@ -128,7 +130,7 @@ def _marked_places(name: str, marks: list[set[str]], values: list[set[str]]) -> 
 
 def _marked(name: str, marks: list[set[str]], values: list[set[str]]) -> set[str]:
     """The marks of a floating result; arguments as for `_marked_places`."""
-    held = set().union(*marks)
+    held: set[str] = set().union(*marks)
     found = held & {"given", "weight"}
     if held & {"data", "places"} or found == {"given", "weight"}:
         found = {"data"}

@@ -126,6 +126,14 @@ def test_what_is_found_is_what_checks_of_each_find(
     assert len(calls) == len(found) > 1
 
 
+def test_hooks_are_called_in_the_models_own_pass_alone() -> None:
+    model, calls = small(), []
+    model.blocks[0].attn.proj.register_forward_hook(lambda *_: calls.append("after"))
+    model.blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append("before"))
+    assert len(read_attentions(model, image(32))[0]) == 1
+    assert calls == ["before", "after"]
+
+
 def form(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return call_form(module, Inputs(args, kwargs))
 
@@ -186,6 +194,9 @@ def test_what_is_shared_is_shared_in_the_other_too() -> None:
     again.mixer.weight = again.qkv.weight
     assert form(tied, x) == form(again, x)
     assert form(tied, x) != form(turned, x)
+    first, second = (nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(2))
+    first[2].weight, second[2].weight = first[0].weight, second[1].weight
+    assert form(first, x) != form(second, x)
 
 
 def test_what_cannot_be_compared_is_equal_to_itself_alone() -> None:
