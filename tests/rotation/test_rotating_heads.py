@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional
 from toys import fingerprint, perturbed, relative
 from zoo import by_name
 from zoo_checks import run
@@ -259,6 +260,47 @@ def test_layers_without_some_channels_are_fitted_too() -> None:
         layer = fitted.get_submodule(name)
         assert layer.weight.shape == model.get_submodule(name).weight.shape
         assert found[name].error < found[name].error_before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [1, 2, 6, 11, 14]], ids=["leading", "others"])
+def test_what_is_fitted_is_told_rightly(kept: list[int]) -> None:
+    """Errors as measured from outside, on the rows of q, k and v that are left."""
+    torch.manual_seed(0)
+    model, x = vit(img_size=64).eval(), torch.randn(200, 3, 64, 64)
+    found = tp_amp.rotate_heads(model, x[:1], x.split(50))
+    sites = {heads.site.down: heads.site for heads in found}
+    plan = tp_amp.PruningPlan(dict.fromkeys(sites, kept), sites=sites)
+    cut = copy.deepcopy(model)
+    fitted = tp_amp.compensate(cut, plan, x.split(50), every_linear=True, progress=False)
+    read = {name: hidden(m, "blocks.1.attn.qkv", x) for name, m in (("dense", model), ("cut", cut))}
+    rows = [(part * 2 + head) * 16 + i for part in range(3) for head in range(2) for i in kept]
+    dense, narrow = (m.blocks[1].attn.qkv for m in (model, cut))
+    wanted = functional.linear(read["dense"], dense.weight, dense.bias)[:, rows]
+    given = functional.linear(read["cut"], narrow.weight, narrow.bias)
+    error = float((wanted - given).square().sum(1).mean())
+    assert fitted["blocks.1.attn.qkv"].error == pytest.approx(error, rel=1e-3)
+    # Nothing is lost before the first projection: least squares on the channels that it reads.
+    dense, narrow = (m.blocks[0].attn.proj for m in (model, cut))
+    values, left = (hidden(m, "blocks.0.attn.proj", x) for m in (model, cut))
+    picked = torch.cat([left[:, :5], left[:, 16:21]], 1)
+    target = functional.linear(values, dense.weight, dense.bias)
+    output = functional.linear(picked, narrow.weight, narrow.bias)
+    error = float((target - output).square().sum(1).mean())
+    design = torch.cat([picked, picked.new_ones(len(picked), 1)], 1).double()
+    best = target.double() - design @ torch.linalg.lstsq(design, target.double()).solution
+    assert error == pytest.approx(float(best.square().sum(1).mean()), rel=0.02)
+    assert fitted["blocks.0.attn.proj"].error == pytest.approx(error, rel=1e-3)
+
+
+def hidden(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What a layer is called with, a row for each token."""
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    model(x)
+    handle.remove()
+    return seen[0]
 
 
 @pytest.mark.parametrize(

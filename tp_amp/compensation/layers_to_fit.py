@@ -32,28 +32,18 @@ class Layer:
         name: its path.
         site: what it reads of, where its inputs are cut.
         outputs: which of the dense layer's outputs stay; all where None.
-        read: which of its inputs it reads, if channels of heads are cut already; all where None.
     """
 
     name: str
     site: Site | None = None
     outputs: tuple[int, ...] | None = None
-    read: tuple[int, ...] | None = None
 
     def inputs(self, values: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """What of the layer's input, once it is cut, the correction reads."""
         if self.site is None:
-            return values if self.read is None else values[:, self.read]
-        if isinstance(self.site, HeadRanks):  # which reads what is zero for the channels cut
-            return values[:, sorted(self.site.read(kept[self.name]))]
+            return values
         first = self.site.first
         return values[:, first : first + len(kept[self.name]) * self.site.unit_width]
-
-    def given(self, values: Tensor) -> Tensor:
-        """Of what is behind the layer, dense or cut, what stays of its outputs."""
-        if self.outputs is None or values.shape[1] == len(self.outputs):
-            return values
-        return values[:, self.outputs]
 
 
 def layers_to_fit(
@@ -112,18 +102,10 @@ def layers_to_fit(
         if counts[name] > 1:
             logger.warning("%s is called %d times and is not fitted", name, counts[name])
             continue
-        layers.append(_layer(name, model.get_submodule(name), cut.get(name), dropped.get(name)))
+        weight: Any = model.get_submodule(name).weight
+        kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
+        layers.append(Layer(name, cut.get(name), kept if name in dropped else None))
     return layers
-
-
-def _layer(name: str, module: Any, site: Site | None, dropped: set[int] | None) -> Layer:
-    """What of a layer's inputs and outputs is left, of those that it shows."""
-    if isinstance(module, RankLinear):
-        places, read = module.given_places, module.reads
-        outputs = None if places is None else tuple(places)
-        return Layer(name, site, outputs, None if read is None else tuple(read.places()))
-    kept = tuple(i for i in range(len(module.weight)) if i not in (dropped or ()))
-    return Layer(name, site, None if dropped is None else kept)
 
 
 def _is_plain(module: nn.Module) -> bool:

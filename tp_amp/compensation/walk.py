@@ -35,6 +35,7 @@ from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.padding import images_alone
 from tp_amp.running.shelf import Held, Shelf
 from tp_amp.running.watching import Seen, called_with, first_tensor, watch
+from tp_amp.structure.attention.rank_linear import held_inputs, held_outputs
 from tp_amp.structure.chain import Step
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -191,10 +192,11 @@ class _Walk:
 
     def _targets(self, spot: _Spot, goes_on: bool) -> list[Held[Tensor]]:
         """What the dense model has behind a layer, by batch; maybe take it to the next step."""
-        targets = []
+        targets, layer = [], self.model.get_submodule(spot.layer.name)
         for batch, state in enumerate(self.dense):
             seen, output = self._watch(spot, state, stop=not goes_on)
-            targets.append(self.shelf.hold(spot.layer.given(seen.behind)))
+            kept, behind = spot.layer.outputs, held_outputs(layer, seen.behind)
+            targets.append(self.shelf.hold(behind if kept is None else behind[:, kept]))
             if goes_on:
                 self.dense[batch] = self.shelf.hold(first_tensor(output))
         return targets
@@ -202,17 +204,17 @@ class _Walk:
     def _fit(self, spot: _Spot, targets: list[Held[Tensor]]) -> Correction:
         """Fit a layer to its targets; those of the stream become what the layer should add."""
         layer, place, halves = spot.layer, spot.place, Halves(spot.layer.name)
+        module = self.model.get_submodule(layer.name)
         for batch, state in enumerate(self.cut):
             seen, _ = self._watch(spot, state, stop=True)
-            hidden = layer.inputs(seen.inputs, self.keep)
-            residuals = targets[batch].get() - layer.given(seen.behind)
+            hidden = layer.inputs(held_inputs(module, seen.inputs), self.keep)
+            residuals = targets[batch].get() - held_outputs(module, seen.behind)
             if place:
                 wanted = seen.outputs * place.scale.to(seen.outputs) + residuals
                 targets[batch] = self.shelf.hold(wanted)
             weights = self._weights(layer, batch, len(hidden))
             halves.add(hidden, residuals, weights, second=self.second[batch])
-        own = getattr(self.model.get_submodule(layer.name), "bias", None)
-        bias = own is not None or self.recipe.add_bias
+        bias = getattr(module, "bias", None) is not None or self.recipe.add_bias
         halves = halves.merged(f"the moments of {layer.name}")
         if self.recipe.method == "affine" and halves.few:
             self.few.append(layer.name)

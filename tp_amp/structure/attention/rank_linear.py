@@ -22,10 +22,6 @@ class Part:
         """How many the Linear holds."""
         return self.heads * self.kept
 
-    def places(self, begin: int = 0) -> list[int]:
-        """Where the kept channels stand among all of them, which begin somewhere."""
-        return [begin + h * self.width + c for h in range(self.heads) for c in range(self.kept)]
-
     def padded(self, values: Tensor) -> Tensor:
         """`(..., heads * kept)` with zeros for the channels that were cut."""
         split = values.reshape(*values.shape[:-1], self.heads, self.kept)
@@ -51,15 +47,6 @@ class RankLinear(nn.Linear):
     gives: tuple[Part, ...]
     reads: Part | None
 
-    @property
-    def given_places(self) -> list[int] | None:
-        """Which of its outputs it has a row for; None for all."""
-        places, begin = [], 0
-        for part in self.gives:
-            places += part.places(begin)
-            begin += part.heads * part.width
-        return places or None
-
     def forward(self, values: Tensor) -> Tensor:
         """Apply the narrow weight: `(..., dense inputs)` to `(..., dense outputs)`."""
         if self.reads is not None:
@@ -70,3 +57,18 @@ class RankLinear(nn.Linear):
         parts = torch.split(output, [part.channels for part in self.gives], -1)
         padded = [part.padded(x) for part, x in zip(self.gives, parts, strict=True)]
         return torch.cat(padded, -1)
+
+
+def held_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """Of what a layer is called with, `(tokens, inputs)`, what its weight has columns for."""
+    reads = layer.reads if isinstance(layer, RankLinear) else None
+    return values if reads is None else reads.taken(values)
+
+
+def held_outputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """Of what a layer gives, `(tokens, outputs)`, what its weight has rows for."""
+    gives = layer.gives if isinstance(layer, RankLinear) else ()
+    if not gives:
+        return values
+    parts = torch.split(values, [part.heads * part.width for part in gives], -1)
+    return torch.cat([part.taken(x) for part, x in zip(gives, parts, strict=True)], -1)
