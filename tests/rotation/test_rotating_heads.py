@@ -313,9 +313,26 @@ def hidden(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_shares_are_checked(kept: Any, message: str) -> None:
-    site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
     with pytest.raises(ValueError, match=message):
-        tp_amp.rank_plan([tp_amp.RotatedHeads(site, (0.0,) * 9)], kept)
+        tp_amp.rank_plan([made_up()], kept)
+
+
+def made_up() -> tp_amp.RotatedHeads:
+    site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
+    return tp_amp.RotatedHeads(site, (*(1.0 - i / 8 for i in range(8)), 0.0))
+
+
+def test_nothing_is_left_whole_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="no attention can be cut in qk"):
+        tp_amp.rank_plan([made_up()], {"qk": 0.5})
+    assert tp_amp.rank_plan([made_up()], {"vo": 1}).widths == {"attn.proj": 8}
+    assert not caplog.records
+    assert tp_amp.rank_plan([made_up()], {"vo": 0.5}, round_to=16).widths == {"attn.proj": 8}
+    [record] = caplog.records
+    assert "keep all channels, since round_to=16" in record.getMessage()
+    assert "attn.proj" in record.getMessage()
+    with pytest.raises(ValueError, match="at least 0"):
+        made_up().width_for(-0.1)
 
 
 def test_without_batches_the_model_is_as_it_was() -> None:

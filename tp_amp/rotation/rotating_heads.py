@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tp_amp.plan.cutting import undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.rotation.head_bases import Basis, query_key_basis, value_output_basis
-from tp_amp.running.arguments import check_whole
+from tp_amp.running.arguments import check_number, check_whole, is_number
 from tp_amp.running.batches import stream
 from tp_amp.running.checks import check_model
 from tp_amp.running.distributed import add_up_named, together
@@ -49,12 +49,16 @@ class RotatedHeads:
     def width_for(self, error: float) -> int:
         """The fewest channels of each head whose share of errors is at most `error`.
 
+        Raises:
+            ValueError: `error` is negative or no number.
+
         Example:
             >>> import tp_amp
             >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=2)
             >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).width_for(0.25)
             1
         """
+        check_number("a share of at least 0", lambda share: share >= 0, error=error)
         return next(width for width, lost in enumerate(self.errors) if width and lost <= error)
 
 
@@ -203,10 +207,10 @@ def rank_plan(
     Args:
         rotated: of `rotate_heads`, for the model that the plan is for.
         kept: `"qk"`, `"vo"` or both -> share of the channels that stay, above 0 and at most 1.
-        round_to: the widths are multiples of it.
+        round_to: the widths are multiples of it; where that leaves all channels, it is logged.
 
     Raises:
-        ValueError: a pair or a share is none.
+        ValueError: a pair or a share is none, or no attention has that width to cut.
 
     Example:
         >>> import tp_amp
@@ -217,10 +221,14 @@ def rank_plan(
     """
     pairs = get_args(Pair)
     for pair, share in kept.items():
-        if pair not in pairs or isinstance(share, bool) or not 0 < share <= 1:
+        if pair not in pairs or not (is_number(share) and 0 < share <= 1):
             raise ValueError(
                 f"kept must name {' or '.join(pairs)} with a share above 0 and at most 1, found "
                 f"{pair}: {share!r}"
+            )
+        if not any(heads.site.pair == pair for heads in rotated):
+            raise ValueError(
+                f"no attention can be cut in {pair}; rotate_heads tells why, leave it out"
             )
     check_whole(1, round_to=round_to)
     sites = {heads.site.down: heads.site for heads in rotated if heads.site.pair in kept}
@@ -228,4 +236,12 @@ def rank_plan(
     for down, site in sites.items():
         width = max(1, round(site.width * kept[site.pair] / round_to)) * round_to
         keep[down] = list(range(min(width, site.width)))
+    whole = [d for d, site in sites.items() if len(keep[d]) == site.width and kept[site.pair] < 1]
+    if whole:
+        logger.warning(
+            "%d widths keep all channels, since round_to=%d leaves no smaller one: %s",
+            len(whole),
+            round_to,
+            ", ".join(whole),
+        )
     return PruningPlan(keep, {down: site.width for down, site in sites.items()}, sites=dict(sites))

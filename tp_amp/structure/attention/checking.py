@@ -136,9 +136,14 @@ def in_double(value: Any) -> Any:
 def _trials(model: nn.Module, heads: int) -> list[tuple[bool | None, list[int]]]:
     """Which heads to drop, and whether the attention shall be fused (None: it has no switch)."""
     one, all_but_one = [(heads - 1) // 2], list(range(heads - 1))
-    if any(type(vars(module).get("fused_attn")) is bool for module in model.modules()):
-        return [(True, one), (False, all_but_one)]
-    return [(None, one), (None, all_but_one)]
+    kinds = switches(model)
+    return [(kinds[0], one), (kinds[-1], all_but_one)]
+
+
+def switches(model: nn.Module) -> list[bool | None]:
+    """All that a model may be `switched` to: fused and not, or None where it has no switch."""
+    told = any(type(vars(module).get("fused_attn")) is bool for module in model.modules())
+    return [True, False] if told else [None]
 
 
 def switched(model: nn.Module, fused: bool | None) -> nn.Module:

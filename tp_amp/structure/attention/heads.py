@@ -34,8 +34,22 @@ class HeadTensor:
     block: int
 
 
+class OfHeads:
+    """What all that is cut in an attention has in common, where an MLP may have more."""
+
+    @property
+    def first(self) -> int:
+        """The input channel of the projection that belongs to the first head."""
+        return 0
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Norms over its hidden channels that are cut too: an attention's are its `tensors`."""
+        return ()
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(OfHeads):
     """One attention: q, k and v, heads side by side, and the projection that reads them.
 
     Attributes:
@@ -77,16 +91,6 @@ class Attention:
     def unit_width(self) -> int:
         """Input channels of `down` that one of its `width` is."""
         return self.head_width
-
-    @property
-    def first(self) -> int:
-        """The input channel of `down` that belongs to its first head."""
-        return 0
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """Norms over its hidden channels that are cut too; `tensors` holds those of heads."""
-        return ()
 
     @property
     def holder(self) -> str:

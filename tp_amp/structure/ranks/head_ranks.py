@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from tp_amp.structure.attention.heads import OfHeads
 from tp_amp.structure.attention.rank_linear import Part, RankLinear
 from tp_amp.structure.groups import make_group
 
@@ -21,7 +22,7 @@ HELD = {1: ((0, 1, 2),), 2: ((0,), (1, 2)), 3: ((0,), (1,), (2,))}
 
 
 @dataclass(frozen=True)
-class HeadRanks:
+class HeadRanks(OfHeads):
     """One of the two widths inside the heads of an attention.
 
     A query is only ever multiplied with keys, and values are only averaged and projected: each
@@ -31,7 +32,7 @@ class HeadRanks:
         pair: `"qk"`, the channels of queries and keys, or `"vo"`, those of values and what the
             output projection reads.
         name: path of the attention.
-        made: paths of what makes q, k and v: of one Linear or of three.
+        made: paths of what makes q, k and v: of one Linear, of two (q, k and v) or of three.
         projection: path of the output projection.
         heads: number of heads.
         width: channels of each head.
@@ -74,16 +75,6 @@ class HeadRanks:
     def unit_width(self) -> int:
         """Channels that one of its `width` is."""
         return self.heads
-
-    @property
-    def first(self) -> int:
-        """As other sites have it."""
-        return 0
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """As other sites have it: nothing lies in between."""
-        return ()
 
     def rows(self, name: str, layer: nn.Linear, channels: Iterable[int]) -> list[int]:
         """Output channels of one of its Linears, where some channels of each head lie."""

@@ -20,6 +20,7 @@ from tp_amp.structure.attention.checking import (
     in_double,
     noisy_copy,
     switched,
+    switches,
 )
 from tp_amp.structure.attention.finding import record_calls
 from tp_amp.structure.attention.head_tensors import CannotCut
@@ -112,7 +113,7 @@ def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
         raise CannotCut(f"a copy of it can't be run alone ({error})") from error
     mixed = copy.deepcopy(model)
     mix(mixed, inside, *_pair(inside))
-    for fused in (True, False):
+    for fused in switches(model):
         if distance(first_output(inputs, switched(mixed, fused)), dense) > _TOLERANCE:
             raise CannotCut(_BETWEEN[site.pair])
     dropped = range((site.width + 1) // 2, site.width)
@@ -125,7 +126,7 @@ def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
     graph.model, graph.module2node = narrow, {}
     graph._module2name = {module: name for name, module in narrow.named_modules()}
     rank_group(graph, inside, dropped).prune(record_history=False)
-    for fused in (True, False):
+    for fused in switches(model):
         expected = first_output(inputs, switched(zeroed, fused))
         if distance(first_output(inputs, switched(narrow, fused)), expected) > _TOLERANCE:
             raise CannotCut("cut to half of the channels it gives another output than with zeros")
