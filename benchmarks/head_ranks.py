@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cifar import load_split, load_test, normalize
-from pages import PAGES, fill
+from pages import NOT_RUN, PAGES, fill
 from reference import (
     ARCHITECTURES,
     RESULTS,
@@ -26,7 +26,6 @@ from reference import (
     load_reference,
     reference_parser,
     spread,
-    table,
     versions,
     write_json,
 )
@@ -76,18 +75,18 @@ def measure(name: str, options: Any, test: tuple[Tensor, Tensor]) -> dict[str, A
 
 
 def report(record: dict[str, Any] | None) -> str:
-    """One table of both models."""
+    """What a person reads: one Markdown table of both models."""
     if record is None:
-        return "**Not run yet.**"
-    rows = []
+        return NOT_RUN
+    rows = [["model", "kept of each head", "parameters", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
     for name, found in record["models"].items():
         whole = f"{100 * found['dense']:.1f}"
-        rows.append([name, "dense", "100.0 %", *[""] * (len(COLUMNS) - 1), whole])
+        rows.append([name, "all (dense)", "100.0 %", whole, *[""] * (len(COLUMNS) - 1)])
         for row in found["rows"]:
             kept = ", ".join(f"{pair} {100 * share:.0f} %" for pair, share in row["kept"].items())
             columns = [spread(row["accuracy"][column]) for column in COLUMNS]
             rows.append([name, kept, f"{100 * row['parameters_kept']:.1f} %", *columns])
-    return table(["model", "kept of each head", "parameters", *COLUMNS], rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
