@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import scipy.linalg
 import timm
 import torch
 from torch import nn
@@ -145,6 +147,27 @@ def test_the_leading_channels_are_worth_more_than_others() -> None:
         assert found.errors[found.width_for(0.1)] <= 0.1 < found.errors[found.width_for(0.1) - 1]
 
 
+def test_errors_are_those_of_all_tokens() -> None:
+    """By matrix roots of moments taken from outside; of the keys around their mean."""
+    model, x = vit().double().eval(), images(torch.zeros(1, 3, 32, 32), 24).double()
+    given: list[torch.Tensor] = []
+    model.blocks[1].attn.qkv.register_forward_hook(lambda _, args, out: given.append(out))
+    with torch.no_grad():
+        model(x)
+        [output] = [out.flatten(0, 1).view(-1, 3, 2, 16).numpy() for out in given[:1]]
+        values = []
+        for head in range(2):
+            q, k = output[:, 0, head], output[:, 1, head]
+            moments = q.T @ q / len(q), numpy.cov(k.T, bias=True)
+            roots = [scipy.linalg.sqrtm(moment).real for moment in moments]
+            values.append(numpy.linalg.svd(roots[0] @ roots[1], compute_uv=False) ** 2)
+        lost = numpy.sum(values, 0)
+        found = tp_amp.rotate_heads(model, x[:1], x.split(7))
+    [queries] = [heads for heads in found if heads.site.down == "blocks.1.attn.qkv"]
+    expected = [lost[kept:].sum() / lost.sum() for kept in range(17)]
+    assert queries.errors == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
 def test_batches_do_not_matter_and_all_is_given_back() -> None:
     x = images(torch.zeros(1, 3, 32, 32), 24)
     results = []
@@ -178,7 +201,7 @@ def cut_vit() -> tuple[nn.Module, tp_amp.PruningPlan, torch.Tensor]:
     return model, tp_amp.rank_plan(heads, {"qk": 0.5, "vo": 0.75}, round_to=4), x
 
 
-def test_it_is_a_plan_like_others(tmp_path: Path) -> None:
+def test_it_is_a_plan_like_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Saved, loaded, reported, copied, trained, with MLPs in the same plan; heads before."""
     model, plan, x = cut_vit()
     assert plan.widths["blocks.0.attn.qkv"] == 8
@@ -203,7 +226,9 @@ def test_it_is_a_plan_like_others(tmp_path: Path) -> None:
         tp_amp.save_pruned(dense, tmp_path / "other", plan)
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    caplog.clear()
     assert not tp_amp.find_attentions(model, x[:1])
+    assert "its heads have lost channels; cut whole heads before those" in caplog.text
     with pytest.raises(ValueError, match="blocks"):
         tp_amp.apply_plan(model, plan)
 
