@@ -17,7 +17,7 @@ from tp_amp.structure.attention.heads import Attention, head_group
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.nodes import outputs
-from tp_amp.structure.ranks.head_ranks import HELD, HeadRanks, rank_group
+from tp_amp.structure.ranks.head_ranks import HeadRanks, rank_group
 
 
 def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
@@ -68,8 +68,6 @@ def check_fits(model: nn.Module, site: Site) -> None:
 def _check_ranks_fit(layers: dict[str, nn.Module], site: HeadRanks, other: str) -> None:
     """Check that an attention has all channels of its heads in one of its two widths."""
     channels = site.heads * site.width
-    if len(site.made) not in HELD:
-        raise ValueError(f"{site.name} makes q, k and v of {len(site.made)} Linears; {other}")
     for name in site.up:
         layer = layers[name]
         held = site.held(layer) if isinstance(layer, nn.Linear) else ()

@@ -37,6 +37,9 @@ class HeadRanks(OfHeads):
         heads: number of heads.
         width: channels of each head.
 
+    Raises:
+        ValueError: `made` are none, or more than three.
+
     Example:
         >>> import tp_amp
         >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
@@ -50,6 +53,10 @@ class HeadRanks(OfHeads):
     projection: str
     heads: int
     width: int
+
+    def __post_init__(self) -> None:
+        if len(self.made) not in HELD:
+            raise ValueError(f"q, k and v are made by one Linear, two or three, found {self.made}")
 
     @property
     def up(self) -> tuple[str, ...]:
