@@ -75,6 +75,7 @@ def _regularized(name: str, script: Any, model: nn.Module, data: Data, ratio: fl
 
 CASES = (
     Case("prune_timm_vit", "Taylor", "ViT", _loader, 0.5),
+    Case("prune_residual_stream", "Taylor", "ViT", _loader, 0.25),
     Case("prune_timm_swin", "Magnitude L2", "Swin", _example, 0.3, free=True),
     Case("prune_hf_vit", "Taylor", "HF ViT", _loader, 0.3),
     Case("prune_hf_swin", "Magnitude L2", "HF Swin", _example, 0.3),

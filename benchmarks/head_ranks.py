@@ -23,10 +23,10 @@ from reference import (
     ARCHITECTURES,
     RESULTS,
     accuracy,
+    conditions,
+    draws_parser,
     load_reference,
-    reference_parser,
     spread,
-    versions,
     write_json,
 )
 from torch import Tensor, nn
@@ -91,19 +91,13 @@ def report(record: dict[str, Any] | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure, print and write."""
-    parser = reference_parser(__doc__)
+    parser = draws_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=["vit", "swin"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=512, help="unlabelled, of each draw")
-    parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     test = load_test(options.data, options.test_images)
     record = {
-        "images": options.images,
-        "test_images": len(test[1]),
-        "seeds": options.seeds,
-        "versions": versions(),
+        **conditions(options, len(test[1])),
         "models": {name: measure(name, options, test) for name in options.models},
     }
     write_json(record, options.output / "head_ranks.json")

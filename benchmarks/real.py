@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pages import PAGES, PICTURES, fill
 from real_model import ARCHITECTURE, PACKAGE, VERSION
-from real_recipes import RECIPES, Draw, clock
+from real_recipes import RECIPES, Draw
 from real_report import plot, report
 from real_task import Task, load_task, random_task
 from reference import RESULTS, versions, write_json
@@ -58,13 +57,8 @@ def describe(task: Task, fast: bool) -> dict[str, Any]:
 
 def measure(task: Task, draw: Draw, recipe: str, kept: float) -> dict[str, Any]:
     """One row, but for what it is of."""
-    draw.spent = np.zeros(2)
-    known = set(draw.collected)
-    began = clock()
-    model = RECIPES[recipe](draw, kept)
-    # What was collected for an earlier row counts here too.
-    new = sum(spent for name, (spent, _) in draw.collected.items() if name not in known)
-    seconds, cpu_seconds = clock() - began - new + draw.spent
+    draw.trained = {}
+    model, (seconds, cpu_seconds), collecting = draw.timed(lambda: RECIPES[recipe](draw, kept))
     size = sum(parameter.numel() for parameter in model.parameters())
     dense = sum(parameter.numel() for parameter in task.model.parameters())
     widths = {mlp.down: model.get_submodule(mlp.down).weight.shape[1] for mlp in draw.mlps}
@@ -74,8 +68,9 @@ def measure(task: Task, draw: Draw, recipe: str, kept: float) -> dict[str, Any]:
         "parameters_kept": size / dense,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
-        "cpu_seconds_collecting": round(draw.spent[1], 1),
+        "cpu_seconds_collecting": round(collecting[1], 1),
         "widths": list(widths.values()),
+        **({"distilled": draw.trained} if draw.trained else {}),
     }
 
 
@@ -121,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     task = random_task() if options.fast else load_task(options.data, options.cache, options.maps)
     task.model.to(options.device)
+    folder = None if options.fast else options.cache
     path = options.output / "real.json"
     record = read(path, describe(task, options.fast))
     for seed in options.seeds:
@@ -130,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             values = (recipe, kept, seed, options.images)
             if any(tuple(row[k] for k in KEY) == values for row in record["rows"]):
                 continue
-            draw = draw or Draw(task, options.images, seed)
+            draw = draw or Draw(task, options.images, seed, folder)
             row = dict(zip(KEY, values, strict=True)) | measure(task, draw, recipe, kept)
             row |= {"threads": options.threads, "device": options.device, "versions": versions()}
             record["rows"].append(row)

@@ -7,13 +7,14 @@ gives a model. More of them: add to `RECIPES`.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
+from real_students import clock, distilled, remembered
 from real_task import Task
 from reference import add_cross_entropy_gradients
 from torch import Tensor, nn
@@ -21,42 +22,19 @@ from torch import Tensor, nn
 import tp_amp
 
 PASSES = 5
-STEPS, STEP_IMAGES, PEAK = 300, 12, 4e-5  # of distillation
+FEW = 128  # photographs for a closed form that all photographs train on
 GRAIL_RIDGE = 1e-3  # relative to the mean diagonal
 CORP_RIDGE = 1e-4
 
 
-def clock() -> np.ndarray:
-    """Seconds, and the processor's, of all threads."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-class Photographs:
-    """Batches in an order of their own in each epoch, half of the images mirrored."""
-
-    def __init__(self, images: Tensor, size: int, seed: int) -> None:
-        self.images, self.size, self.seed, self.epoch = images, size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        for index in torch.randperm(len(self.images), generator=generator).split(self.size):
-            images = self.images[index]
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images[mirrored] = images[mirrored].flip(-1)
-            yield images
-
-
 class Draw:
-    """A dense model and one draw of images; what importances collect is kept for all shares."""
+    """A dense model and one draw of images; what importances collect is kept for all shares.
 
-    def __init__(self, task: Task, count: int, seed: int) -> None:
-        self.model, self.seed = task.model, seed
+    `folder` is where models stay that other recipes go on from; None keeps none.
+    """
+
+    def __init__(self, task: Task, count: int, seed: int, folder: Path | None = None) -> None:
+        self.task, self.model, self.seed, self.folder = task, task.model, seed, folder
         device = next(task.model.parameters()).device
         self.batches = [images.to(device) for images, _ in task.draw("photos", count, seed)]
         self.labelled = [
@@ -67,6 +45,8 @@ class Draw:
         self.mlps = tp_amp.find_mlps(self.model, self.example)
         self.downs = [mlp.down for mlp in self.mlps]
         self.spent = np.zeros(2)  # on collecting what was used, see `clock`
+        self.recalled = np.zeros(2)  # on models that were read from `folder`
+        self.trained: dict[str, float] = {}  # what the last model's distillation took, if any
         self.collected: dict[str, tuple[np.ndarray, Any]] = {}
 
     def once(self, name: str, collect: Callable[[Draw], Any]) -> Any:
@@ -79,6 +59,28 @@ class Draw:
         self.spent += spent
         return found
 
+    def timed(self, make: Callable[[], nn.Module]) -> tuple[nn.Module, np.ndarray, np.ndarray]:
+        """A model, the seconds it took in all, and those of them that went into collecting.
+
+        What was collected, or made, for an earlier model counts here too.
+        """
+        before = self.spent, self.recalled
+        self.spent, self.recalled = np.zeros(2), np.zeros(2)
+        known, began = set(self.collected), clock()
+        model = make()
+        new = sum(spent for name, (spent, _) in self.collected.items() if name not in known)
+        collecting, recalled = self.spent, self.recalled
+        spent = clock() - began - new + collecting + recalled
+        self.spent, self.recalled = before[0] + collecting, before[1] + recalled
+        return model, spent, collecting
+
+    def first(self, count: int, recipe: Recipe, kept: float) -> nn.Module:
+        """A recipe's model of the first images alone."""
+        fewer = Draw(self.task, min(count, sum(map(len, self.batches))), self.seed, self.folder)
+        model = recipe(fewer, kept)
+        self.recalled += fewer.recalled
+        return model
+
     def plan(self, name: str, kept: float) -> tp_amp.PruningPlan:
         """The same share of every MLP, by an importance."""
         importance, model = self.once(name, IMPORTANCES[name])
@@ -90,6 +92,17 @@ class Draw:
         importance, model = self.once("Reconstruction", IMPORTANCES["Reconstruction"])
         target = {"params": self.parameters(kept)}
         return tp_amp.plan_for_target(model, self.example, importance, target)
+
+    def one_price(self, kept: float, kinds: Sequence[str], **options: Any) -> nn.Module:
+        """As many parameters, with channels inside heads cut at the same price."""
+        model = copy.deepcopy(self.model)
+        tp_amp.rotate_heads(model, self.example, self.batches, progress=False)
+        importance, _ = self.once("Reconstruction", IMPORTANCES["Reconstruction"])
+        importance.data = self.batches  # MLPs are as they were, heads are collected
+        target = {"params": self.parameters(kept)}
+        plan = tp_amp.plan_for_target(model, self.example, importance, target, widths=kinds)
+        tp_amp.compensate(model, plan, self.batches, progress=False, **options)
+        return model
 
     def widths(self, kept: float) -> dict[str, int]:
         return {mlp.down: max(1, round(mlp.width * kept)) for mlp in self.mlps}
@@ -113,22 +126,6 @@ class Draw:
         model = copy.deepcopy(self.model)
         tp_amp.compensate(model, plan, self.batches, progress=False, **options)
         return model
-
-    def distilled(self, student: nn.Module) -> nn.Module:
-        """Train the whole for `STEPS` steps to give the dense model's tokens, without labels."""
-        photographs = Photographs(torch.cat(self.batches), STEP_IMAGES, self.seed)
-        epochs = max(1, round(STEPS / len(photographs)))
-        return tp_amp.distill(
-            student,
-            copy.deepcopy(self.model),
-            photographs,
-            epochs=epochs,
-            learning_rate=PEAK * 256 / STEP_IMAGES,
-            warmup_epochs=0.1 * epochs,
-            weight_decay=(0.0, 0.0),
-            seed=self.seed,
-            progress=False,
-        )
 
 
 def from_weights(importance: Callable[[], Any]) -> Callable[[Draw], Any]:
@@ -249,6 +246,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     UNIFORM: lambda d, kept: d.compensated(d.plan("Reconstruction", kept), every_linear=True),
 }
+# As many parameters as with that share of the MLPs, where these are not cut alone.
+for _kinds in (("mlp", "qk"), ("mlp", "qk", "vo"), ("mlp", "heads")):
+    RECIPES[f"{CLOSED}, by sensitivity, of {' + '.join(_kinds)}"] = lambda d, kept, kinds=_kinds: (
+        d.one_price(kept, kinds, every_linear=True, token_weights="sensitivity")
+    )
 for _name in IMPORTANCES:
     RECIPES[f"{_name} + affine"] = lambda d, kept, n=_name: d.compensated(d.plan(n, kept))
     RECIPES[_name] = lambda d, kept, n=_name: d.cut(d.plan(n, kept))
@@ -266,5 +268,11 @@ RECIPES |= {
         refine=PASSES,
     ),
 }
-for _name in (RECOMMENDED, "EntropyTaylor", "Magnitude L2"):
-    RECIPES[f"{_name}, distilled"] = lambda d, kept, n=_name: d.distilled(RECIPES[n](d, kept))
+for _name in (RECOMMENDED, CLOSED, "EntropyTaylor", "Magnitude L2"):
+    _recalled = RECIPES[_name] = remembered(_name, RECIPES[_name])
+    RECIPES[f"{_name}, distilled"] = lambda d, kept, r=_recalled: distilled(d, r(d, kept))
+RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(
+    d, d.first(FEW, RECIPES[CLOSED], kept)
+)
+_of_all = f"{CLOSED}, by sensitivity, of mlp + qk + vo"
+RECIPES[f"{_of_all}, distilled"] = lambda d, kept: distilled(d, RECIPES[_of_all](d, kept))

@@ -7,12 +7,14 @@ from statistics import mean, mode, variance
 from typing import Any
 
 from matplotlib.figure import Figure
-from real_recipes import CLOSED, IMPORTANCES, RECOMMENDED, UNIFORM
+from real_recipes import CLOSED, FEW, IMPORTANCES, RECOMMENDED, UNIFORM
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#56B4E9", "#777777", "#7F6000", "#BBBBBB")
 CURVES = {
     f"{RECOMMENDED}, distilled": ("#7B3294", "^", "-"),
+    f"{CLOSED}, distilled": ("#7B3294", "v", "--"),
+    f"{CLOSED} ({FEW} photographs), distilled": ("#7B3294", "<", ":"),
     f"{CLOSED}, by sensitivity": ("#B22222", "v", "-"),
     RECOMMENDED: ("#D55E00", "o", "-"),
     CLOSED: ("#B22222", "*", "-"),

@@ -49,6 +49,44 @@ def reference_parser(documentation: str) -> argparse.ArgumentParser:
     return parser
 
 
+def draws_parser(documentation: str) -> argparse.ArgumentParser:
+    """Those of benchmarks that draw unlabelled images several times."""
+    parser = reference_parser(documentation)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=512, help="of each draw")
+    parser.add_argument("--test-images", type=int, default=2000, help="0 for all")
+    return parser
+
+
+def conditions(options: argparse.Namespace, test_images: int) -> dict[str, Any]:
+    """What all numbers of such a benchmark have in common."""
+    return {
+        "images": options.images,
+        "test_images": test_images,
+        "seeds": options.seeds,
+        "versions": versions(),
+    }
+
+
+def is_out_of_reach(error: ValueError) -> bool:
+    """Whether an error says that no widths meet a target, and not that something else is wrong."""
+    return "can't be met" in str(error) or "cutting makes the model no" in str(error)
+
+
+def settled(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds that was measured in the same conditions; nothing where there is no file.
+
+    Raises:
+        ValueError: it was measured in others, with which its rows can't stand in one table.
+    """
+    if not path.is_file():
+        return {}
+    record: dict[str, Any] = json.loads(path.read_text())
+    if (found := {key: record.get(key) for key in facts}) != facts:
+        raise ValueError(f"{path} was measured with {found}, not {facts}; move it away")
+    return record
+
+
 def build_reference(model: str) -> nn.Module:
     """Build one reference architecture, `"vit"` or `"swin"`, with random weights."""
     name, arguments = ARCHITECTURES[model]

@@ -29,6 +29,8 @@ import tp_amp
 
 BATCH = 8  # images in a batch
 KEPT = 0.5  # of each MLP, in plans made by hand
+STREAM_KEPT = 0.75  # of each residual stream
+EVERY_WIDTH = ("mlp", "qk", "vo", "stream")
 TARGET = {"params": 0.8}
 STEPS = 2  # of the bisection of each MLP
 REFINE = 10
@@ -108,6 +110,32 @@ def compensating(**options: Any) -> Prepare:
     return prepare
 
 
+def turning(name: str) -> Prepare:
+    return lambda case: (
+        lambda: getattr(tp_amp, name)(case.model, case.example, case.batches, **case.progress)
+    )
+
+
+def planning_every_width(case: Case) -> Callable[[], Any]:
+    """With all that has to be collected, which `plan_for_target` does itself here."""
+    turning("rotate")(case)()
+    turning("rotate_heads")(case)()
+    importance = tp_amp.ReconstructionImportance(data=case.batches)
+    return lambda: tp_amp.plan_for_target(
+        case.model, case.example, importance, TARGET, widths=EVERY_WIDTH
+    )
+
+
+def compensating_every_width(case: Case) -> Callable[[], Any]:
+    streams = turning("rotate")(case)()
+    heads = turning("rotate_heads")(case)()
+    inside = tp_amp.rank_plan(heads, {"qk": KEPT, "vo": KEPT})
+    whole = tp_amp.stream_plan(streams, STREAM_KEPT).then(inside).then(case.plan())
+    return lambda: tp_amp.compensate(
+        case.model, whole, case.batches, every_linear=True, **case.progress
+    )
+
+
 def searching(**options: Any) -> Prepare:
     def prepare(case: Case) -> Callable[[], Any]:
         importance = tp_amp.EntropyTaylorImportance()
@@ -170,6 +198,10 @@ CALLS: dict[str, Prepare] = {
     "compensate": compensating(),
     "compensate, every_linear": compensating(every_linear=True),
     "compensate, every_linear, refine": compensating(every_linear=True, refine=REFINE),
+    "rotate": turning("rotate"),
+    "rotate_heads": turning("rotate_heads"),
+    "plan_for_target, every width": planning_every_width,
+    "compensate, every width": compensating_every_width,
     "AdaptiveMLPPruner.step": searching(),
     "AdaptiveMLPPruner.step, target": searching(target=TARGET),
     "distill, one epoch": distilling,

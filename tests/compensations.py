@@ -58,6 +58,13 @@ def lstsq(x: Tensor, y: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
     return solution[: x.shape[1]].T, solution[x.shape[1] :].flatten()
 
 
+def left_over(hidden: Tensor, weight: Tensor, kept: list[int]) -> float:
+    """The mean squared error of a layer's output after an affine fit on some of its inputs."""
+    outputs = hidden @ weight.T
+    slope, shift = lstsq(hidden[:, kept], outputs, True)
+    return float((outputs - hidden[:, kept] @ slope.T - shift).square().sum(1).mean())
+
+
 def after(name: str) -> tuple[str, int]:
     """Where a toy's stream is once an MLP or attention has written to it.
 

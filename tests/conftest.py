@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -28,13 +29,20 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         raise
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums come in the same order each time, and no more memory is held for each thread."""
+@pytest.fixture(autouse=True)
+def settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Are given back: benchmarks set threads and how attention runs for the process they own."""
+    fused = timm.layers.config._USE_FUSED_ATTN
+    monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", fused)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(settings_of_the_process: None) -> None:
+    """Sums come in the same order each time, and no more memory is held for each thread."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -42,6 +50,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def code_of_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that transformers copies before it runs it does not go into the home folder."""
+    dynamic_module_utils = pytest.importorskip("transformers.dynamic_module_utils")
+    place = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", place)
+        yield
+    sys.path[:] = [path for path in sys.path if path != place]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ class Steps:
         They are those of tensors made since the function began, so that what it was given does not
         count.
         """
+        gc.collect()  # or what earlier tests left is given back on the way, and counted
         with self.profiler:
             result = function()
         events = self.profiler.profiler.kineto_results.events()

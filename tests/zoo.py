@@ -129,6 +129,11 @@ def open_clip_models() -> dict[str, Entry]:
         vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
         return CustomTextCLIP(64, {**vision, "image_size": size}, text).visual
 
+    def shallow(visual: Any) -> nn.Module:
+        """A tower as wide as the real one, of one block."""
+        visual.trunk.blocks = visual.trunk.blocks[:1]
+        return visual
+
     return {
         "open_clip": (lambda: CLIP(32, tower, text).visual, image(32), 2),
         "open_clip_quick_gelu": (
@@ -137,7 +142,7 @@ def open_clip_models() -> dict[str, Entry]:
             2,
         ),
         "open_clip_full": (lambda: CLIP(32, tower, text), (image(32), tokens), 3),
-        "open_clip_siglip": (lambda: CLIP(768, wrapped, text).visual, image(224), 13),
+        "open_clip_siglip": (lambda: shallow(CLIP(768, wrapped, text).visual), image(224), 2),
         "open_clip_siglip_full": (
             lambda: CustomTextCLIP(768, wrapped, {**text, "no_causal_mask": True}),
             (image(224), tokens),
@@ -150,9 +155,9 @@ def open_clip_models() -> dict[str, Entry]:
             5,
         ),
         "open_clip_eva02": (
-            lambda: timm_tower("eva02_base_patch16_clip_224", "token", None, 224),
+            lambda: shallow(timm_tower("eva02_base_patch16_clip_224", "token", None, 224)),
             image(224),
-            12,
+            1,
         ),
         "open_clip_mobileclip": (
             lambda: timm_tower("fastvit_mci1", "avg", None, 64),

@@ -28,17 +28,38 @@ class Tiny(NamedTuple):
         count: how many MLPs a reader of its source counts.
         arguments: of its configuration, which may hold others.
         inputs: it is called with.
+        positive: path of a bias that is made large, where a ReLU ends the model: depth is all zero
+            else.
+        states: whether it takes `output_hidden_states`.
     """
 
     kind: str
     count: int
     arguments: dict[str, Any]
     inputs: dict[str, torch.Tensor]
+    positive: str = ""
+    states: bool = True
+
+    def batch(self, images: int, seed: int) -> dict[str, torch.Tensor]:
+        """Other images, and the same texts and masks for each of them."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(images * len(value), *value.shape[1:], generator=generator)
+            if value.is_floating_point() and name != "noise"
+            else torch.cat([value] * images)
+            for name, value in self.inputs.items()
+        }
 
     def make(self) -> nn.Module:
         hf = pytest.importorskip("transformers")
         kind = getattr(hf, self.kind)
-        return kind(kind.config_class(**_made(self.arguments, hf))).eval()
+        model = kind(kind.config_class(**_made(self.arguments, hf))).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.numel():  # as large as what comes in, at any width
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        if self.positive:
+            nn.init.constant_(model.get_parameter(self.positive), 3.0)
+        return model
 
 
 def _made(arguments: dict[str, Any], hf: Any) -> dict[str, Any]:
@@ -50,8 +71,15 @@ def _made(arguments: dict[str, Any], hf: Any) -> dict[str, Any]:
     }
 
 
-def tiny(kind: str, count: int, arguments: Any, size: int = 32, **further: torch.Tensor) -> Tiny:
-    return Tiny(kind, count, arguments, {"pixel_values": image(size), **further})
+def tiny(
+    kind: str,
+    count: int,
+    arguments: Any,
+    size: int = 32,
+    positive: str = "",
+    **further: torch.Tensor,
+) -> Tiny:
+    return Tiny(kind, count, arguments, {"pixel_values": image(size), **further}, positive)
 
 
 def without(arguments: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from toys import perturbed, relative
 from tqdm import tqdm
 from zoo import TIMM
 from zoo_checks import GROUPS, MIXING, check, run
+from zoo_dense import further_models
 
 from tp_amp.structure.attention.finding import read_attentions
 from tp_amp.structure.graph import build_graph
@@ -48,6 +49,8 @@ def short(reason: str) -> str:
     """A reason without its numbers and names."""
     if "with the others' channels zeroed" in reason:
         return "not what it gives with heads zeroed"
+    if "its number of heads as none" in reason:
+        return "its number of heads has another name"
     if "don't fall into" in reason:
         return "its heads have no one width"
     if "its forward pass fails" in reason:
@@ -71,6 +74,7 @@ def main() -> None:
     entries = {**TIMM}
     for group in GROUPS.values():
         entries |= group()
+    entries |= further_models()
     rows = [measure(name, *entry) for name, entry in tqdm(entries.items(), disable=None)]
     before, _, after = PAGE.read_text().split(MARK)
     table = HEADER + "\n".join(rows)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tp_amp.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tp_amp.algebra.pivoting import reconstruction_order as reconstruction_order
     from tp_amp.budget.mlp_widths import mlp_ratio_widths as mlp_ratio_widths
     from tp_amp.budget.mlp_widths import pruning_ratio_dict as pruning_ratio_dict
     from tp_amp.budget.target_plan import plan_for_target as plan_for_target
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from tp_amp.importance.reconstruction import (
         ReconstructionImportance as ReconstructionImportance,
     )
-    from tp_amp.importance.reconstruction import reconstruction_order as reconstruction_order
     from tp_amp.plan.applying import apply_plan as apply_plan
+    from tp_amp.plan.hub import push_to_hub as push_to_hub
     from tp_amp.plan.loading import create_model as create_model
     from tp_amp.plan.loading import load_pruned as load_pruned
     from tp_amp.plan.pruning_plan import PruningPlan as PruningPlan
@@ -37,9 +38,14 @@ if TYPE_CHECKING:
     from tp_amp.reports.comparison import Comparison as Comparison
     from tp_amp.reports.numbers import Measurement as Measurement
     from tp_amp.reports.report import Report as Report
+    from tp_amp.rotation.leading_channels import LeadingChannels as LeadingChannels
+    from tp_amp.rotation.leading_channels import rescale_norms as rescale_norms
+    from tp_amp.rotation.leading_channels import stream_plan as stream_plan
     from tp_amp.rotation.rotating_heads import RotatedHeads as RotatedHeads
     from tp_amp.rotation.rotating_heads import rank_plan as rank_plan
     from tp_amp.rotation.rotating_heads import rotate_heads as rotate_heads
+    from tp_amp.rotation.rotating_streams import RotatedStream as RotatedStream
+    from tp_amp.rotation.rotating_streams import rotate as rotate
     from tp_amp.running.batches import pick_inputs as pick_inputs
     from tp_amp.running.batches import split_batches as split_batches
     from tp_amp.running.timing import Estimate as Estimate
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from tp_amp.structure.mlps import MLP as MLP
     from tp_amp.structure.mlps import find_mlps as find_mlps
     from tp_amp.structure.ranks.head_ranks import HeadRanks as HeadRanks
+    from tp_amp.structure.streams.residual_stream import Stream as Stream
 
 # Imported on first use: torch_pruning imports timm, and `import tp_amp` shall stay light.
 _MODULES = {
@@ -62,12 +69,15 @@ _MODULES = {
     "GramSchmidtImportance": "importance.gram_schmidt",
     "HeadRanks": "structure.ranks.head_ranks",
     "Inspection": "evaluation.inspection",
+    "LeadingChannels": "rotation.leading_channels",
     "Measurement": "reports.numbers",
     "PruningPlan": "plan.pruning_plan",
     "Recipe": "compensation.recipe",
     "ReconstructionImportance": "importance.reconstruction",
     "Report": "reports.report",
     "RotatedHeads": "rotation.rotating_heads",
+    "RotatedStream": "rotation.rotating_streams",
+    "Stream": "structure.streams.residual_stream",
     "apply_plan": "plan.applying",
     "compare": "evaluation.comparing",
     "measure_both": "evaluation.measuring",
@@ -88,11 +98,15 @@ _MODULES = {
     "plan_for_target": "budget.target_plan",
     "plan_from_importance": "plan.ranking",
     "pruning_ratio_dict": "budget.mlp_widths",
+    "push_to_hub": "plan.hub",
     "rank_plan": "rotation.rotating_heads",
-    "reconstruction_order": "importance.reconstruction",
+    "reconstruction_order": "algebra.pivoting",
+    "rescale_norms": "rotation.leading_channels",
+    "rotate": "rotation.rotating_streams",
     "rotate_heads": "rotation.rotating_heads",
     "save_pruned": "plan.saving",
     "split_batches": "running.batches",
+    "stream_plan": "rotation.leading_channels",
 }
 __all__ = list(_MODULES)
 

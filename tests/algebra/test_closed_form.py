@@ -176,3 +176,23 @@ def test_what_hardly_varies_is_not_fitted() -> None:
     assert torch.allclose(found.bias, residuals.mean(0))
     varied = correct(Moments().add(1 + 1e-3 * noise, residuals), "affine", ridge=0)
     assert torch.allclose(varied.weight, torch.full((2, 1), 1e3, dtype=torch.float64))
+
+
+def test_others_are_fitted_as_if_what_hardly_varies_were_not_there() -> None:
+    x, r = data()
+    still = 1e6 + 0.5 * normal(60, 1, seed=5)  # float32 knows of it to one sixteenth
+    found = correct(filled(torch.cat([x, still], 1), r + still), "affine", ridge=TINY)
+    alone, _ = lstsq(x, r + still, True)
+    torch.testing.assert_close(found.weight[:, :-1], alone, rtol=1e-6, atol=1e-6)
+    assert not found.weight[:, -1].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["inputs", "residuals"])
+def test_what_is_not_finite_is_told(bad: float, place: str) -> None:
+    """The ridge was raised without end."""
+    given = {"inputs": torch.randn(20, 3), "residuals": torch.randn(20, 2)}
+    given[place][4, 1] = bad
+    moments = Moments().add(given["inputs"], given["residuals"])
+    with pytest.raises(ValueError, match="what fc2 reads, or should give, is not finite"):
+        correct(moments, "affine", name="fc2")

@@ -15,7 +15,7 @@ from tp_amp.algebra.held_out import (
     solvers,
 )
 from tp_amp.algebra.moments import Halves, Moments
-from tp_amp.importance.reconstruction import reconstruction_order
+from tp_amp.algebra.pivoting import reconstruction_order
 
 
 def tokens(count: int, inputs: int = 6, outputs: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,13 @@ import real
 import real_model
 import real_recipes
 import real_report
+import real_students
 import real_task
 import sklearn.linear_model
 import sklearn.preprocessing
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import tp_amp
@@ -30,11 +32,9 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(real_recipes, "STEPS", 3)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(real_students, "STEPS", 3)
+    AcceleratorState._reset_state(True)  # of the precision of a run before
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def draw(task):
 def test_photographs_come_once_in_an_epoch_half_of_them_mirrored():
     images = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 1, 1, 2).clone()
     images[..., 1] += 100
-    batches = real_recipes.Photographs(images, 12, 0)
+    batches = real_students.Photographs(images, 12, 0)
     orders = []
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -103,6 +103,27 @@ def test_recipes_keep_the_dense_model_and_the_size(recipe, task, draw):
     size = sum(parameter.numel() for parameter in model.parameters())
     assert draw.parameters(0.5) - 2 * 65 < size <= draw.parameters(0.5)
     assert model(draw.example).shape == (1, 10)
+
+
+def test_models_are_made_once_and_their_seconds_count_again(task, tmp_path, monkeypatch):
+    calls = []
+
+    def make(draw, kept):
+        calls.append(kept)
+        draw.spent += 5  # as if what it reads had been collected for another
+        return draw.cut(draw.plan("DIMAP", kept))
+
+    recipe = real_students.remembered("DIMAP", make)
+    first = real_recipes.Draw(task, 32, 0, tmp_path)
+    made, spent, _ = first.timed(lambda: recipe(first, 0.5))
+    second = real_recipes.Draw(task, 32, 0, tmp_path)
+    again, spent_again, _ = second.timed(lambda: recipe(second, 0.5))
+    assert calls == [0.5]
+    assert all(torch.equal(x, again.state_dict()[n]) for n, x in made.state_dict().items())
+    assert (spent_again >= 5).all()
+    assert (spent_again - spent < 2).all()
+    recipe(second, 0.25)
+    assert calls == [0.5, 0.25]
 
 
 def test_importances_are_collected_once(task, monkeypatch):

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import scale
-import torch
 from toys import judges_shapes
 
 
@@ -15,10 +14,8 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scale, "CHANGES", changes)
     towers = {"dense": 4e9, "AMP": 2e9, "DGMR": 1e9, "seconds": 5.0, "peak_gb": 0.8}
     monkeypatch.setattr(scale, "planned", lambda name: towers)
-    threads = torch.get_num_threads()
     options = "--threads 1 --images 4 --search-images 4 --repeats 1 --max-increase 10"
     scale.main([*options.split(), "--output", str(tmp_path)])
-    torch.set_num_threads(threads)
 
     record = json.loads((tmp_path / "scale.json").read_text())
     assert capsys.readouterr().out.strip().endswith(scale.report(record).strip())

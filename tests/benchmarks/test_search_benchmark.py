@@ -5,7 +5,6 @@ import json
 import pytest
 import reference
 import search
-import torch
 from random_data import random_images, random_labels, random_reference, write_parquet
 
 
@@ -19,12 +18,10 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "STEPS", 2)
     reference.save_reference(random_reference("vit"), "vit", {}, tmp_path)
     write_parquet(tmp_path / "data", "train", random_images(80, 2), random_labels(80, 2))
-    threads = torch.get_num_threads()
     options = "--models vit --scoring 8 --images 64 72 --cached-from 64 --batch-size 8"
     options += " --error-probability 0.2"
     paths = ["--data", tmp_path / "data", "--checkpoints", tmp_path, "--output", tmp_path / "out"]
     search.main([*options.split(), *map(str, paths)])
-    torch.set_num_threads(threads)
 
     record = json.loads((tmp_path / "out" / "search.json").read_text())
     assert capsys.readouterr().out.strip().endswith(search.report(record).strip())

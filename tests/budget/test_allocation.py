@@ -67,7 +67,7 @@ def test_expensive_channels_go_first() -> None:
 def test_widths_are_multiples_or_dense() -> None:
     errors = {"a": convex_errors(10, 1), "b": convex_errors(12, 2)}
     for budget in (8, 12, 20, 22):
-        found = allocate(errors, linear(errors), budget, round_to=4)
+        found = allocate(errors, linear(errors), budget, steps=dict.fromkeys(errors, 4))
         assert found["a"] in (4, 8, 10)
         assert found["b"] in (4, 8, 12)
 

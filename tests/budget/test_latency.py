@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 from toys import fingerprint, images, toy
 from zoo import SWIN_HEADS
 
 import tp_amp
 from tp_amp.budget.budget import Budget
+from tp_amp.running.runtimes.building import Built
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 DOWNS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
@@ -42,11 +44,15 @@ def linear(model: nn.Module) -> float:
 
 
 def budget_of(
-    model: nn.Module, target: dict[str, float], round_to: int = 1, inputs: Any = None
+    model: nn.Module,
+    target: dict[str, float],
+    round_to: int = 1,
+    inputs: Any = None,
+    runtime: str = "eager",
 ) -> Budget:
     inputs = images(1) if inputs is None else inputs
     structure = ModelStructure(model, inputs)
-    return Budget(target, structure, structure.mlps, round_to)
+    return Budget(target, structure, structure.mlps, round_to, runtime)
 
 
 def reconstruction() -> tp_amp.ReconstructionImportance:
@@ -154,6 +160,16 @@ def test_a_target_out_of_reach_tells_the_range(clock: Clock) -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("time", [12.0003, 11.9999, 12.0, 15.0])
+def test_a_model_that_cutting_makes_no_faster_is_told(clock: Clock, time: float) -> None:
+    """Times that differ by noise alone have no range whose ends could be told in order."""
+    model = toy(hidden=40)
+    clock(lambda model: 12.0002 if sum(widths_of(model)) == 80 else time)
+    message = r"cutting makes the model no faster: it has 12 ms of latency, and .*time larger"
+    with pytest.raises(ValueError, match=message):
+        tp_amp.plan_for_target(model, images(1), reconstruction(), {"latency": 0.9})
+
+
 def test_widths_that_suit_the_device_badly_are_not_measured(clock: Clock) -> None:
     seen: set[int] = set()
 
@@ -243,3 +259,117 @@ def test_the_real_clock_sees_that_a_narrow_model_is_faster() -> None:
     assert 0 < found.cost(smallest) < 0.7 * found.dense
     assert found.latency is not None
     assert found.latency.measure({name: range(1) for name in DOWNS}) < 0.8 * found.dense
+
+
+class Runtime:
+    """Stands for a runtime: what is built takes the milliseconds of a function, and is counted."""
+
+    def __init__(self, milliseconds: Callable[[nn.Module], float]) -> None:
+        self.milliseconds, self.built = milliseconds, list[list[int]]()
+
+    def build(self, model: nn.Module, inputs: Any, runtime: str, forward_fn: Any) -> Any:
+        assert runtime == "compile"
+        assert not model.training
+        self.built.append(widths_of(model))
+        taken = self.milliseconds(model)
+        return Built(lambda *_: taken)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
+    """PyTorch takes the milliseconds of one function of the model, a runtime those of another."""
+
+    def set_to(
+        eager: Callable[[nn.Module], float], elsewhere: Callable[[nn.Module], float]
+    ) -> Runtime:
+        made = Runtime(elsewhere)
+        monkeypatch.setattr("tp_amp.budget.latency.build", made.build)
+        monkeypatch.setattr(
+            "tp_amp.budget.latency.seconds",
+            lambda run, *_: (eager(run) if isinstance(run, nn.Module) else run()) / 1000,
+        )
+        return made
+
+    return set_to
+
+
+def hollow(model: nn.Module) -> float:
+    """Narrow widths gain a runtime less than in proportion, and each call costs it more."""
+    return 2 + sum((width / 40) ** 0.5 for width in widths_of(model))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7])
+def test_the_target_is_met_in_the_runtime(
+    runtime: Callable[..., Runtime], share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = runtime(linear, hollow)
+    model = toy(hidden=40)
+    before = fingerprint(model.train())
+    with caplog.at_level(logging.WARNING, "tp_amp.budget.budget"):
+        plan = tp_amp.plan_for_target(
+            model, images(1), reconstruction(), {"latency": share}, runtime="compile"
+        )
+    assert fingerprint(model) == before
+    assert not caplog.records
+    tp_amp.apply_plan(model, images(1), plan)
+    assert abs(hollow(model) / (share * 4) - 1) < 0.06
+    assert made.built[:2] == [[40, 40], [1, 1]]
+    assert made.built[-1] == widths_of(model)
+    assert len(made.built) <= 5
+
+
+def test_a_search_meets_the_target_in_the_runtime(runtime: Callable[..., Runtime]) -> None:
+    runtime(linear, hollow)
+    model = toy(hidden=40)
+    pruner = tp_amp.AdaptiveMLPPruner(
+        model,
+        images(1),
+        tp_amp.EntropyTaylorImportance("prediction", data=[images()]),
+        [images(seed=2)],
+        target={"latency": 0.75},
+        runtime="compile",
+    )
+    pruner.step()
+    assert abs(hollow(model) / 3 - 1) < 0.06
+    assert pruner.plan.widths == dict(zip(DOWNS, widths_of(model), strict=True))
+
+
+def test_the_range_that_is_told_is_the_runtimes(runtime: Callable[..., Runtime]) -> None:
+    runtime(linear, lambda model: 100 + sum(widths_of(model)))
+    model = toy(hidden=40)
+    with pytest.raises(ValueError, match=r"reachable are 102 to 180, fractions 0\.567 to 1"):
+        tp_amp.plan_for_target(
+            model, images(1), reconstruction(), {"latency": 50.0}, runtime="compile"
+        )
+
+
+def test_a_model_that_is_no_faster_in_the_runtime_is_told(runtime: Callable[..., Runtime]) -> None:
+    runtime(linear, lambda model: 7.0)
+    with pytest.raises(ValueError, match="cutting makes the model no faster: it has 7 ms"):
+        budget_of(toy(hidden=40), {"latency": 0.8}, runtime="compile").check(
+            dict.fromkeys(DOWNS, 1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("target", "runtime", "message"),
+    [
+        ({"params": 0.5}, "compile", "runtime='compile' is where a latency is measured"),
+        ({"latency": 0.5}, "tensorrt", "runtime must be one of"),
+    ],
+)
+def test_a_runtime_without_a_latency_or_unknown_raises(
+    target: dict[str, float], runtime: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tp_amp.plan_for_target(toy(), images(1), reconstruction(), target, runtime=runtime)
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="exports otherwise")
+def test_what_is_built_is_the_cut_model() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    model = toy(width=48, hidden=4000)
+    found = budget_of(model, {"latency": 0.5}, inputs=images(64), runtime="onnxruntime")
+    assert found.cost(dict.fromkeys(DOWNS, 1)) < 0.7 * found.dense

@@ -46,9 +46,13 @@ def test_a_checkpoint_that_nothing_needs_is_told(capsys: pytest.CaptureFixture[s
 
 def test_prune_says_and_saves_what_it_did(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     found = record(capsys, *PRUNE)
+    # With both MLPs of one width timm opens it too.
+    kept = {width["kept"] for width in found["widths"].values()}
+    alone = ["config.json"] if len(kept) == 1 else []
     assert sorted(os.listdir("small")) == [
-        "model.safetensors", "plan.json", "prune.json", "report.json", "source.json"
-    ]  # fmt: skip
+        *("README.md", *alone, "model.safetensors", "plan.json", "prune.json", "report.json"),
+        "source.json",
+    ]
     assert os.listdir(here) == ["small"]
     model = tp_amp.create_model("small")
     parameters = sum(p.numel() for p in model.parameters())
@@ -120,19 +124,6 @@ def test_a_saved_model_is_a_model(capsys: pytest.CaptureFixture[str], saved: Pat
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == smaller["after"]["parameters"] < smaller["before"]["parameters"]
     assert DOWNS[0] in told(capsys, "report", "smaller")
-
-
-@pytest.mark.slow
-def test_the_walk_through_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    [block] = re.findall(r"<!-- cli -->\n```\n(.*?)```\n<!-- cli -->", readme, re.S)
-    commands = block.replace("\\\n", "").splitlines()
-    assert len(commands) == 5
-    for command in commands:
-        program, *arguments = command.split()
-        assert program == "tp-amp"
-        assert main(arguments) == 0, capsys.readouterr().err
-    assert Path("criteria.png").is_file()
 
 
 def test_report(capsys: pytest.CaptureFixture[str], saved: Path, here: Path) -> None:

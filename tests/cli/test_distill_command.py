@@ -30,7 +30,8 @@ ARGUMENTS = {name: int(value) for name, value in (text.split("=") for text in SM
 NAME = "vit_tiny_patch16_224"
 SAMPLE = ("--data", "sample", "--images", "24", "--search-images", "8", "--batch-size", "8")
 DISTILL = ("distill", "small", *SAMPLE, "--epochs", "2", "--device", "cpu", "--output", "better")
-FILES = ["model.safetensors", "plan.json", "prune.json", "report.json", "source.json"]
+FILES = ["README.md", "config.json", "model.safetensors", "plan.json", "prune.json", "report.json"]
+FILES += ["source.json"]
 METRIC = "cosine to the dense model"
 
 

@@ -58,6 +58,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*PRUNE, "--objective", "reconstruction", "--activation-checkpointing"],
         r"reconstruction takes no backward pass; leave --activation-checkpointing out",
     ),
+    "widths that are searched": (
+        [*PRUNE, "--widths", "mlp", "qk", "--min-width", "8"],
+        r"--widths mlp qk is priced by what is foreseen, not searched: .* and --min-width",
+    ),
+    "heads and channels inside them": (
+        [*PRUNE, "--widths", "heads", "qk"],
+        r"no one plan cuts whole heads and the channels inside them",
+    ),
     "no entropy to compare": (
         [*COMPARE, "--objective", "reconstruction"],
         r"by which --importance entropy scores; name the others, as in --importance reconst",

@@ -20,10 +20,11 @@ from command_line import (
 )
 
 import tp_amp
+from tp_amp.cli import help_texts
 from tp_amp.cli.main import main
-from tp_amp.cli.pruning import composed
 from tp_amp.importance import recomputing as recomputing_module
 from tp_amp.importance.objectives import Objective
+from tp_amp.running.runtimes import building
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.usefixtures("here")
         ("--importance", "reconstruction", "--max-increase", "0.01", "--round-to", "8"),
         ("--target", "params=0.8", "--prune-num-heads"),
         ("--target", "params=0.9", "--min-width", "40", "--compensation", "mean"),
+        ("--target", "params=0.8", "--widths", "mlp", "qk", "vo"),
+        ("--target", "params=0.7", "--widths", "mlp", "qk", "vo", "stream"),
+        ("--target", "macs=0.9", "--widths", "heads", "mlp", "--round-to", "4"),
         ("--importance", "random", "--max-increase", "0.1"),
         ("--importance", "activation", "--max-increase", "0.1"),
         ("--importance", "gram-schmidt", "--target", "params=0.8", "--dtype", "float64"),
@@ -53,12 +57,17 @@ def test_ways_to_prune(capsys: pytest.CaptureFixture[str], further: tuple[str, .
         size = "parameters" if kind == "params" else "macs"
         assert found["after"][size] <= float(share) * found["before"][size]
     if "--round-to" in further:
-        assert all(width % 8 == 0 for width in widths.values())
+        step = int(further[further.index("--round-to") + 1])
+        assert all(widths[name] % step == 0 for name in DOWNS)
     if "--min-width" in further:
         assert min(widths.values()) >= 40
     if "--dtype" in further:
         assert next(model.parameters()).dtype == torch.float64
-    assert ("blocks.0.attn.proj" in widths) == ("--prune-num-heads" in further)
+    assert ("blocks.0.attn.proj" in widths) == bool(
+        {"--prune-num-heads", "vo", "heads"} & {*further}
+    )
+    assert ("blocks.0.attn.qkv" in widths) == ("qk" in further)
+    assert ("patch_embed.proj" in widths) == ("stream" in further)
 
 
 @pytest.mark.parametrize("size", [("--target", "params=0.8"), ("--max-increase", "0.01")])
@@ -235,15 +244,6 @@ def test_activation_checkpointing_gives_the_same_model(
         assert (here / "plain" / file).read_bytes() == (here / "again" / file).read_bytes()
 
 
-def test_two_plans_make_one() -> None:
-    first = tp_amp.PruningPlan({"a": [1, 3, 5], "b": [0, 2]}, {"a": 6, "b": 3})
-    second = tp_amp.PruningPlan({"a": [0, 2], "c": [1]}, {"a": 3, "c": 2})
-    assert composed(first, second) == tp_amp.PruningPlan(
-        {"a": [1, 5], "b": [0, 2], "c": [1]}, {"a": 6, "b": 3, "c": 2}
-    )
-    assert first.keep["a"] == [1, 3, 5]
-
-
 def test_a_dry_run_tells_the_widths_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
@@ -306,3 +306,21 @@ def test_every_linear_is_the_default_and_the_recipe_of_python(
     )
     assert not torch.equal(fitted, plain)
     assert torch.equal(mean, plain)  # as it was
+
+
+def test_the_speed_is_measured_in_another_runtime(capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    options = ("--target", "params=0.8", "--runtime", "onnxruntime", "--batch-sizes", "3")
+    found = record(capsys, "prune", *MODEL, *SAMPLE, "--output", "small", *options)
+    assert found["runtime"] == "onnxruntime"
+    report = tp_amp.Report.from_json(Path("small/report.json").read_text())
+    for side, sizes in ((report.before, found["before"]), (report.after, found["after"])):
+        assert side is not None
+        assert side.runtime == "onnxruntime"
+        assert [size for size, _ in side.speeds] == [3]
+        assert side.exported_parameters == side.parameters == sizes["parameters"]
+
+
+def test_the_help_names_all_runtimes() -> None:
+    assert help_texts.RUNTIMES == building.RUNTIMES

@@ -16,13 +16,13 @@ from compensations import (
     same_weights,
     tokenwise,
 )
+from sensitivities import place_sensitivity
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
 import tp_amp
 from tp_amp.compensation.recipe import Recipe
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import place_sensitivity
 
 
 @pytest.mark.parametrize(

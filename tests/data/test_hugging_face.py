@@ -8,11 +8,13 @@ from typing import ClassVar
 import pytest
 import safetensors.torch
 import torch
+from command_line import SAMPLE
 from PIL import Image
 from saved_models import save
 from toys import perturbed
 
 import tp_amp
+from tp_amp.cli.main import main
 from tp_amp.data.hugging_face import _image_class
 from tp_amp.data.sources import load
 
@@ -97,3 +99,40 @@ def test_a_checkpoint_without_a_known_image_class_is_told() -> None:
         ValueError, match="hf:x is a LlamaThing, of which transformers has no image"
     ):
         _image_class("x", config)
+
+
+@pytest.mark.usefixtures("code_of_folders")
+def test_what_the_command_line_prunes_opens_in_transformers(
+    hugging_face: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    small, smaller = tmp_path / "small", tmp_path / "smaller"
+    options = [*SAMPLE, "--importance", "magnitude", "--compensation", "none"]
+    for model, target, output in ((f"hf:{hugging_face}", 0.8, small), (str(small), 0.9, smaller)):
+        pretrained = ["--pretrained"] if output is small else []
+        command = ["prune", model, *pretrained, *options, "--target", f"params={target}"]
+        assert main([*command, "--output", str(output)]) == 0, capsys.readouterr().err
+    blank = load(str(smaller)).blank()
+    for folder in (small, smaller):
+        opened = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, trust_remote_code=True
+        )
+        ours = tp_amp.create_model(folder)
+        for name, values in ours.state_dict().items():
+            assert torch.equal(opened.state_dict()[name], values)
+        torch.testing.assert_close(opened.eval()(blank).logits, ours.eval()(blank).logits)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        assert list(processor.image_std) == [1.0] * 3
+        card = (folder / "README.md").read_text()
+        assert "AutoModelForImageClassification.from_pretrained" in card
+        assert "| Parameters |" in card
+
+
+def test_a_pruned_folder_without_a_processor_asks_nothing(
+    hugging_face: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = save(load(f"hf:{hugging_face}", pretrained=True), tmp_path / "small")
+    (tmp_path / "small" / "preprocessor_config.json").unlink()
+    again = load(str(tmp_path / "small"))
+    assert again.plan == plan
+    assert "has no image processor" in caplog.text

@@ -113,50 +113,52 @@ from distillations import pair
 from toys import images
 from torch.utils.data import DataLoader, TensorDataset
 
-folder, kind = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
-if kind == "fsdp":  # accelerate's own settings take it on GPUs only
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
-        cpu_ram_efficient_loading=False,
-    )
-    for state in (accelerator.state.__dict__, PartialState._shared_state):
-        state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-student, teacher = (model.double() for model in pair())
-again = copy.deepcopy(student)
-data = list(images(16).split(4))
-if kind == "loader":
-    data = DataLoader(TensorDataset(images(16)), 4)
-options = {"warmup_epochs": 0.5, "learning_rate": 0.1, "ema": 0.5, "folder": folder}
-for model, resume in ((student, False), (again, True)):
-    tp_amp.distill(
-        model, teacher, data, epochs=2, accelerator=accelerator, resume=resume, **options
-    )
-if accelerator.is_main_process:
-    same = (torch.equal(p, q) for p, q in zip(student.parameters(), again.parameters()))
-    assert all(same), "a finished run gives its weights again"
-    save_file(student.state_dict(), f"{folder}/weights.safetensors")
+for kind in ("list", "loader", "fsdp"):
+    if kind == "fsdp":  # accelerate's own settings take it on GPUs only
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_ram_efficient_loading=False,
+        )
+        for state in (accelerator.state.__dict__, PartialState._shared_state):
+            state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    student, teacher = (model.double() for model in pair())
+    again = copy.deepcopy(student)
+    data = list(images(16).split(4))
+    if kind == "loader":
+        data = DataLoader(TensorDataset(images(16)), 4)
+    folder = f"{sys.argv[1]}/{kind}"
+    options = {"warmup_epochs": 0.5, "learning_rate": 0.1, "ema": 0.5, "folder": folder}
+    for model, resume in ((student, False), (again, True)):
+        tp_amp.distill(
+            model, teacher, data, epochs=2, accelerator=accelerator, resume=resume, **options
+        )
+    if accelerator.is_main_process:
+        same = (torch.equal(p, q) for p, q in zip(student.parameters(), again.parameters()))
+        assert all(same), f"a finished run of {kind} gives its weights again"
+        save_file(student.state_dict(), f"{folder}/weights.safetensors")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["list", "loader", "fsdp"])
-def test_two_processes_are_one_with_batches_twice_as_large(kind: str, tmp_path: Path) -> None:
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> None:
+    """Whether they share a list, get a loader's batches shared out, or share weights too (FSDP)."""
     student, teacher = (model.double() for model in pair())
     distill(student, teacher, images(16).split(8), learning_rate=0.1, ema=0.5)
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [sys.executable, *command, str(tmp_path / "run.py"), str(tmp_path / "out"), kind],
+        [sys.executable, *command, str(tmp_path / "run.py"), str(tmp_path / "out")],
         check=True,
         env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
         timeout=300,
     )
-    found = load_file(tmp_path / "out" / "weights.safetensors")
-    for name, value in weights(student).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
+    for kind in ("list", "loader", "fsdp"):
+        found = load_file(tmp_path / "out" / kind / "weights.safetensors")
+        for name, value in weights(student).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
 
 
 class Told(list[int]):

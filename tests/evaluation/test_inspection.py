@@ -11,6 +11,7 @@ from toys import fingerprint, images, toy
 from zoo import SWIN_HEADS, TINY
 
 import tp_amp
+from tp_amp.evaluation.inspection import Share
 
 
 def test_shares_of_a_vit_are_those_counted_by_hand() -> None:
@@ -84,6 +85,27 @@ def test_report_tells_all_of_it() -> None:
     assert "blocks.*.mlp (2 times): 256 channels, fc1 -> fc2" in report
     assert "blocks.*.attn (2 times): 4 heads, qkv -> proj" in report
     assert "head: no layer reads its channels" in report
+    assert "patch_embed.proj: 64 channels, read through 5 norms" in report
+
+
+def test_streams_are_told_or_why_they_stay() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", **SWIN_HEADS)
+    before = fingerprint(model)
+    found = tp_amp.inspect(model, images(1, size=64, channels=3))
+    assert fingerprint(model) == before
+    assert [stream.width for stream in found.streams] == [64, 128, 256]
+    [(_, reason)] = found.kept_streams.items()
+    assert reason == "patch_embed.norm: a LayerNorm writes the stream channel by channel"
+    assert reason in str(found)
+
+
+def test_a_section_of_very_many_reasons_ends() -> None:
+    part = Share(0, 0)
+    shares = dict.fromkeys(("total", "MLPs", "attention", "rest"), part)
+    reasons = {f"{letter}.fc": f"{letter} writes it" for letter in "abcdefgh"}
+    told = str(tp_amp.Inspection("Detector", [], [], shares=shares, kept_streams=reasons))
+    assert "residual streams that stay as they are: 8\n  a.fc: a writes it" in told
+    assert told.endswith("e.fc: e writes it\n  and 3 lines more, see kept_streams")
 
 
 def test_layers_called_through_functions_are_named() -> None:

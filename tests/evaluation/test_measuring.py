@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -212,3 +213,52 @@ def test_without_labels_the_cosine_of_the_outputs_is_measured() -> None:
     for measured in tp_amp.measure_both(dense, cut, labelled, repeats=1, progress=False):
         assert measured.cosine is None
     assert tp_amp.measure(dense, batches, repeats=1, progress=False).cosine is None
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_another_runtime_is_timed_and_its_graph_counted(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxscript", runtime):
+        pytest.importorskip(package)
+    model = toy()
+    x, y = labelled(1)[0]
+    calls, accuracy = 0, tp_amp.measure(model, [(x, y)], repeats=1).accuracy
+
+    def seconds(run: Any, inputs: Any, device: torch.device) -> float:
+        nonlocal calls
+        calls += 1
+        assert not isinstance(run, nn.Module)
+        return 0.5
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    before = fingerprint(model.train())
+    measured = tp_amp.measure(model, [(x, y)], repeats=2, runtime=runtime)
+    assert fingerprint(model) == before
+    assert calls == measuring.WARM_UP + 2
+    assert measured.images_per_second == 6 / 0.5
+    assert measured.exported_parameters == measured.parameters
+    assert measured.attentions == 2
+    assert measured.conditions.endswith(f", {runtime}")
+    assert measured.accuracy == accuracy
+
+
+def test_further_batch_sizes_repeat_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seen = images(3), []
+
+    def seconds(run: Any, inputs: Any, device: torch.device) -> float:
+        seen.append(inputs.args[0])
+        return 0.25
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    found = tp_amp.measure(toy(), [x], repeats=1, batch_sizes=(1, 7))
+    assert found.speeds == ((1, 4.0), (7, 28.0))
+    assert torch.equal(seen[-1], torch.cat([x, x, x[:1]]))
+    assert found.batch_size == 3
+    with pytest.raises(ValueError, match="batch_sizes must be an integer of at least 1, found 0"):
+        tp_amp.measure(toy(), [x], batch_sizes=(8, 0))
+
+
+def test_what_a_runtime_does_not_take_raises_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="runtime must be one of"):
+        tp_amp.measure(toy(), [], runtime="tensorrt")

@@ -88,6 +88,27 @@ def test_timm_vit(folder: Path) -> None:
         assert block.attn.proj.in_features == 2 * 8
 
 
+def test_residual_stream(folder: Path) -> None:
+    model: Any = run("prune_residual_stream", "--data", folder, "--model", "tp_amp_test_vit",
+                     "--no-pretrained", "--batch_size", 3, "--pruning_ratio", 0.5)  # fmt: skip
+    for block in model.blocks:  # the stream is cut, all else stays
+        assert block.attn.qkv.weight.shape == (3 * 24, 12)
+        assert block.attn.proj.weight.shape == (12, 24)
+        assert block.mlp.fc1.weight.shape == (4 * 24, 12)
+        assert block.mlp.fc2.weight.shape == (12, 4 * 24)
+        assert block.norm1.weight.tolist() == pytest.approx([2**0.5] * 12)
+    assert model.head.weight.shape == (5, 12)
+    assert model(image()).shape == (2, 5)
+
+
+def test_every_width(folder: Path) -> None:
+    dense = sum(parameter.numel() for parameter in tp_amp_test_vit().parameters())
+    model: Any = run("every_width", "--data", folder, "--model", "tp_amp_test_vit",
+                     "--no-pretrained", "--batch_size", 3, "--share", 0.5)  # fmt: skip
+    assert 0.45 * dense <= sum(parameter.numel() for parameter in model.parameters()) <= 0.5 * dense
+    assert model(image()).shape == (2, 5)
+
+
 def test_timm_swin() -> None:
     model = run("prune_timm_swin", "--model", "tp_amp_test_swin", "--no-pretrained")
     dense = tp_amp_test_swin()

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from toys import fingerprint, perturbed
+from toys import ToyViT, fingerprint, images, perturbed
 
 import tp_amp
 from tp_amp.importance.error_objective import error_objective, readable
@@ -137,3 +137,24 @@ def test_other_names_are_refused() -> None:
     with pytest.raises(ValueError, match="found 'depth'"):
         tp_amp.compensate(model, plan, data(), objective="depth")
     assert fingerprint(model) == before
+
+
+class Segmenter(ToyViT):
+    """Gives masks beside the tokens that they are made of, as EoMT does."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(self.blocks(tokens))
+        return {"last_hidden_state": tokens, "masks_queries_logits": self.head(tokens)}
+
+
+def test_features_beside_predictions_are_not_what_a_model_is_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model, batches = perturbed(Segmenter()), [images(4)]
+    with caplog.at_level(logging.WARNING):
+        assert readable(Objective("auto"), model, batches) is None
+    assert "it gives masks_queries_logits too" in caplog.text
+    own = Objective("similarity")
+    assert readable(own, model, batches) is own

@@ -233,22 +233,20 @@ def test_rows_with_a_spectrum_that_decays(decades: int) -> None:
 
 
 @pytest.mark.timing
+@pytest.mark.usefixtures("one_thread")
 def test_ten_times_faster_than_the_naive_loop_at_3072_by_768() -> None:
     """Both in float64, in CPU seconds of one thread; the two take turns on a noisy machine."""
     weight, ratios = random(3072, 768), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(3):
-            start = time.process_time()
-            expected = naive_round(weight, 768)
-            middle = time.process_time()
-            order = tp_amp.gram_schmidt_order(weight, 768)
-            ratios.append((middle - start) / (time.process_time() - middle))
-            assert order.tolist() == expected
-    finally:
-        torch.set_num_threads(threads)
-    assert max(ratios) > 10
+    for _ in range(3):
+        start = time.process_time()
+        expected = naive_round(weight, 768)
+        middle = time.process_time()
+        order = tp_amp.gram_schmidt_order(weight, 768)
+        ratios.append((middle - start) / (time.process_time() - middle))
+        assert order.tolist() == expected
+        if ratios[-1] > 10:
+            return
+    raise AssertionError(ratios)
 
 
 @pytest.mark.timing

@@ -135,8 +135,9 @@ def test_reconstruction_takes_less_memory() -> None:
     downs = [f"blocks.{i}.mlp.second" for i in range(12)]
 
     def sensitivity(again: bool) -> Any:
+        from sensitivities import output_sensitivity
+
         from tp_amp.importance.objectives import Objective
-        from tp_amp.importance.sensitivity import output_sensitivity
 
         return lambda: output_sensitivity(
             model,

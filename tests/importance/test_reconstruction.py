@@ -5,14 +5,13 @@ import pytest
 import torch
 import torch_pruning as tp
 from greedy_orders import naive_order
+from sensitivities import output_sensitivity
 from torch import Tensor, nn
 from toys import ToyViT, fingerprint, images, masked, relative, toy
 
 import tp_amp
-from tp_amp.importance import hidden_moments as hidden_module
 from tp_amp.importance.hidden_moments import hidden_moments
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import output_sensitivity
 
 DOWN = "blocks.0.mlp.second", "blocks.1.mlp.second"
 
@@ -103,18 +102,6 @@ def test_one_by_one_convolution_is_ordered_as_the_same_linear() -> None:
     covariance = torch.cov(values.T, correction=0)
     weight = model[2].weight.detach().double().flatten(1)
     assert importance.orders["2"][:6].tolist() == naive_order(covariance, weight, 6)
-
-
-def test_layers_beyond_the_memory_are_collected_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = toy(), images(30)
-    once = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
-    monkeypatch.setattr(hidden_module, "_BYTES", 8 * 20**2)
-    turns = tp_amp.ReconstructionImportance(None).collect(model, [batch], progress=False)
-    assert once.orders.keys() == turns.orders.keys() >= set(DOWN)
-    for name in DOWN:
-        assert torch.equal(once.orders[name], turns.orders[name])
-    with pytest.raises(TypeError, match="one-shot"):
-        tp_amp.ReconstructionImportance(None).collect(model, iter([batch]), progress=False)
 
 
 @pytest.mark.parametrize("name", ["blocks.7", "blocks.0.norm1", "embed"])

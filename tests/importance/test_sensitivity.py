@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.places import repeated
-from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity, sensitivity
+from tp_amp.importance.sensitivity import sensitivity
 
 LAYERS = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 

@@ -51,7 +51,11 @@ BAD_PLANS = {
         PruningPlan({"blocks.0.project": [0]}),
         r"blocks.0.project is neither an MLP .* no heads: {.blocks.0.: .*number of heads",
     ),
-    "empty": (PruningPlan({"blocks.0.mlp.second": []}), "must be distinct and within 0..19"),
+    "stream": (
+        PruningPlan({"embed": [0]}),
+        r"embed is neither .* streams, by rotate and stream_plan: \['embed'\]",
+    ),
+    "empty": (PruningPlan({"blocks.0.mlp.second": []}), "keeps no channels .* has to stay"),
     "repeated": (PruningPlan({"blocks.0.mlp.second": [1, 1]}), "must be distinct"),
     "negative": (PruningPlan({"blocks.0.mlp.second": [-1]}), "within 0..19"),
     "too large": (PruningPlan({"blocks.0.mlp.second": [20]}), "within 0..19"),

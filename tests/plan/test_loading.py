@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from saved_models import planned, saved_vit, vit
 from toys import fingerprint, images, toy
@@ -155,3 +157,49 @@ def save_ranks(folder: Path) -> None:
     plan = tp_amp.rank_plan(tp_amp.rotate_heads(model, x[:1], [x]), {"qk": 0.5, "vo": 0.5})
     tp_amp.apply_plan(model, plan)
     tp_amp.save_pruned(model, folder, plan)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(("version", "told"), [("999.0.0", True), ("1.0.2", False), (None, False)])
+def test_heads_from_a_newer_release_are_told(
+    heads: bool,
+    version: str | None,
+    told: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """timm 1.0.17 fixes the number of heads that timm 1.0.31 reads off the module."""
+    model = vit()
+    plan = tp_amp.PruningPlan({"blocks.0.attn.proj": [1, 2]} if heads else {})
+    plan = plan.then(tp_amp.PruningPlan({"blocks.1.mlp.fc2": list(range(9))}))
+    tp_amp.apply_plan(model, plan, images(1, size=32, channels=3))
+    tp_amp.save_pruned(model, tmp_path, plan)
+    source = json.loads((tmp_path / "source.json").read_text())
+    assert source["versions"]["timm"] == timm.__version__
+    source["versions"]["timm"] = version
+    if version is None:
+        del source["versions"]
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    with caplog.at_level(logging.WARNING, logger="tp_amp"):
+        tp_amp.load_pruned(vit(), tmp_path)
+    expected = f"was saved with timm 999.0.0, and here is {timm.__version__}"
+    assert (expected in caplog.text) == (told and heads)
+    assert bool(caplog.messages) == (told and heads)
+
+
+def test_building_a_model_gives_random_state_back(tmp_path: Path) -> None:
+    model, inputs = vit(), images(1, size=32, channels=3)
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    origin: Any = {"name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, **TINY}}
+    tp_amp.save_pruned(model, tmp_path, plan, library="timm", **origin)
+    before = torch.get_rng_state()
+    tp_amp.create_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"library": "timm"}'])
+def test_a_source_that_says_too_little_is_refused(text: str, saved: Path) -> None:
+    (saved / "source.json").write_text(text)
+    with pytest.raises(ValueError, match="does not say where the model is from"):
+        tp_amp.create_model(saved)

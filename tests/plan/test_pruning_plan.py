@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,64 @@ def test_a_model_without_mlps_is_told() -> None:
         tp_amp.plan_from_importance(
             torch.nn.Linear(3, 2), torch.randn(1, 3), tp.importance.LAMPImportance(), 0.5
         )
+
+
+MLP = tp_amp.MLP("mlp", ("mlp.fc1",), "mlp.fc2", 6)
+HEADS = tp_amp.Attention("attn", ("attn.qkv",), "attn.proj", 4, 8)
+RANKS = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=4, width=8)
+QUERIES = tp_amp.HeadRanks("qk", "attn", ("attn.qkv",), "attn.proj", heads=4, width=8)
+
+
+def of_site(site: tp_amp.MLP | tp_amp.Attention | tp_amp.HeadRanks, kept: list[int]) -> PruningPlan:
+    return PruningPlan({site.down: kept}, {site.down: site.width}, sites={site.down: site})
+
+
+def test_two_plans_are_one_for_the_dense_model() -> None:
+    first, shorter = of_site(MLP, [0, 2, 3, 5]), replace(MLP, width=4)
+    first.probes["mlp.fc2"] = [Probe(4, 1.0, True)]
+    later = PruningPlan(
+        {"mlp.fc2": [1, 3], "attn.proj": [0, 3]},
+        {"mlp.fc2": 4, "attn.proj": 4},
+        {"mlp.fc2": [Probe(2, 2.0, True)]},
+        dense_entropy=3.0,
+        sites={"mlp.fc2": shorter, "attn.proj": HEADS},
+    )
+    assert first.then(later) == PruningPlan(
+        {"mlp.fc2": [2, 5], "attn.proj": [0, 3]},
+        {"mlp.fc2": 6, "attn.proj": 4},
+        {"mlp.fc2": [Probe(4, 1.0, True), Probe(2, 2.0, True)]},
+        sites={"mlp.fc2": MLP, "attn.proj": HEADS},
+    )
+    assert first == replace(of_site(MLP, [0, 2, 3, 5]), probes=first.probes)  # as it was
+
+
+def test_what_a_later_plan_knows_of_a_cut_layer_is_not_told_of_the_dense() -> None:
+    later = of_site(replace(MLP, width=4), [1, 3])
+    assert PruningPlan({"mlp.fc2": [0, 2, 3, 5]}).then(later) == PruningPlan({"mlp.fc2": [2, 5]})
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "told"),
+    [
+        (of_site(MLP, [0, 5]), of_site(MLP, [0]), "made for 6 .* of mlp.fc2, this one leaves 2"),
+        (of_site(MLP, [0, 5]), PruningPlan({"mlp.fc2": [2]}), "for more than 2 .* leaves 2"),
+        (of_site(MLP, [0, 5]), PruningPlan({"mlp.fc2": [-1]}), "leaves 2; make it for the model"),
+        (
+            of_site(HEADS, [0, 1]),
+            of_site(replace(RANKS, heads=2), [0]),
+            "heads of attn, .* channels of each",
+        ),
+        (of_site(HEADS, [0, 1]), of_site(QUERIES, [0]), "this plan cuts heads of attn"),
+        (of_site(RANKS, [0, 1]), of_site(HEADS, [0]), "the later one heads: no one plan"),
+    ],
+)
+def test_plans_that_do_not_follow_each_other_raise(
+    first: PruningPlan, later: PruningPlan, told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        first.then(later)
+
+
+def test_only_a_plan_can_follow() -> None:
+    with pytest.raises(TypeError, match="must be a PruningPlan, found a dict"):
+        PruningPlan({}).then({"mlp.fc2": [0]})  # type: ignore[arg-type]

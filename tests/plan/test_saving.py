@@ -16,7 +16,7 @@ import torch
 from saved_models import planned, saved_vit, vit
 from torch import nn
 from toys import images, perturbed, toy
-from zoo import SWIN_HEADS, TIMM, hugging_face_models, open_clip_models, torchvision_models
+from zoo import SWIN_HEADS, TIMM, TINY, hugging_face_models, open_clip_models, torchvision_models
 from zoo_checks import run
 
 import tp_amp
@@ -104,7 +104,7 @@ def test_a_failed_save_leaves_the_earlier_one(saved: Path, monkeypatch: pytest.M
     model = vit()
     tp_amp.load_pruned(model, saved)
 
-    def fails(_: nn.Module, path: str) -> None:
+    def fails(_: nn.Module, path: str, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
@@ -131,3 +131,102 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     tp_amp.save_pruned(model, tmp_path, plan)
     with pytest.raises(ValueError, match="does not say where its model came from"):
         tp_amp.create_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["README.md", "model.safetensors", "plan.json"])
+def test_files_of_no_earlier_save_are_not_replaced(file: str, tmp_path: Path) -> None:
+    """As in a clone of a repository, or beside the dense model's weights."""
+    (tmp_path / file).write_text("mine")
+    model, inputs = vit(), images(1, size=32, channels=3)
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, inputs, plan)
+
+    def save() -> None:
+        arguments = {"img_size": 32, **TINY}
+        origin: Any = {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": arguments}
+        tp_amp.save_pruned(model, tmp_path, plan, **origin)
+
+    with pytest.raises(ValueError, match=rf"holds {file}, which save_pruned did not write"):
+        save()
+    assert (tmp_path / file).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / file).unlink()
+    save()
+    save()  # an earlier one is replaced
+
+
+def test_files_of_ones_own_stay_where_a_model_is_saved_again(tmp_path: Path) -> None:
+    """Only what an earlier save noted is replaced, or removed where it is no longer written."""
+    own = {"README.md": "mine", "config.json": "{}", "preprocessor_config.json": "{}"}
+    for name, text in own.items():
+        (tmp_path / name).write_text(text)
+    model, inputs = vit(), images(1, size=32, channels=3)
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    origin: Any = {"name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, **TINY}}
+    for _ in range(2):
+        tp_amp.save_pruned(model, tmp_path, plan)
+        with pytest.raises(ValueError, match=r"holds README\.md, which save_pruned did not write"):
+            tp_amp.save_pruned(model, tmp_path, plan, library="timm", **origin)
+        assert {name: (tmp_path / name).read_text() for name in own} == own
+    (tmp_path / "README.md").unlink()
+    tp_amp.save_pruned(model, tmp_path, plan, library="timm", **origin)
+    assert (tmp_path / "README.md").is_file()
+    tp_amp.save_pruned(model, tmp_path, plan)
+    assert not (tmp_path / "README.md").exists()
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_note_of_files_that_are_none_of_a_save_removes_nothing(tmp_path: Path) -> None:
+    """As one that was damaged, or written by someone else."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mine = [tmp_path / "mine", folder / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    (folder / "source.json").write_text('{"files": ["../mine", "notes.txt", "plan.json"]}')
+    model, inputs = vit(), images(1, size=32, channels=3)
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    tp_amp.save_pruned(model, folder, plan)
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+
+
+def test_what_a_library_builds_is_compared_with_the_plan(tmp_path: Path) -> None:
+    model, inputs = vit(), images(1, size=32, channels=3)
+    first, dimap = planned(model, inputs), tp_amp.DIMAPImportance()
+    tp_amp.apply_plan(model, first)
+    later = tp_amp.plan_from_importance(model, inputs, dimap, 0.5)
+    tp_amp.apply_plan(model, later)
+    name, arguments = "vit_tiny_patch16_224", {"img_size": 32, **TINY}
+    wrong: list[tuple[tp_amp.PruningPlan, dict[str, Any], str]] = [
+        (later, {"name": name, "arguments": arguments}, r"first\.then\(later\)"),
+        (first.then(later), {"name": name, "arguments": {"img_size": 32}}, "not for the vit_tiny"),
+        (first.then(later), {"name": "no_model"}, "timm builds no 'no_model'"),
+        (first.then(later), {"name": name, "arguments": {"size": 3}}, "timm builds no 'vit_tiny"),
+    ]
+    for plan, origin, told in wrong:
+        with pytest.raises(ValueError, match=told):
+            tp_amp.save_pruned(model, tmp_path, plan, library="timm", **origin)
+    assert not list(tmp_path.iterdir())
+    tp_amp.save_pruned(
+        model, tmp_path, first.then(later), library="timm", name=name, arguments=arguments
+    )
+    with torch.no_grad():
+        assert torch.equal(tp_amp.create_model(tmp_path).eval()(inputs), model.eval()(inputs))
+
+
+def test_a_plan_of_nothing_is_saved(tmp_path: Path) -> None:
+    origin: Any = {"name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, **TINY}}
+    tp_amp.save_pruned(vit(), tmp_path, tp_amp.PruningPlan({}), library="timm", **origin)
+    assert tp_amp.create_model(tmp_path).blocks[0].mlp.fc1.out_features == 256
+
+
+def test_a_processor_that_cannot_be_saved_is_refused_first(tmp_path: Path) -> None:
+    model, inputs = vit(), images(1, size=32, channels=3)
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    origin: Any = {"name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, **TINY}}
+    with pytest.raises(ValueError, match="processor is for models of transformers"):
+        tp_amp.save_pruned(model, tmp_path, plan, library="timm", processor=object(), **origin)
+    assert not list(tmp_path.iterdir())

@@ -298,6 +298,27 @@ def test_heads(place: Place) -> None:
     assert place.holds(there)
 
 
+def test_residual_streams(place: Place, exact: Place) -> None:
+    """Rotated, planned and cut there as on the CPU."""
+    model, x = vit(depth=2), images(32, 3, 16, 3)
+    there, here = place.put(model), wide(model)
+    example = x[:1].to(next(there.parameters()))
+    dense = exact.run(wide(model), x)
+    with place.context():
+        found = tp_amp.rotate(there, example, x.split(8), **QUIET)
+        [expected] = tp_amp.rotate(here, x[:1].double(), x.double().split(8), **QUIET)
+        assert [f.stream for f in found] == [expected.stream]
+        assert len(tp_amp.inspect(there, example).streams) == 1
+    assert torch.tensor(found[0].errors).allclose(torch.tensor(expected.errors), atol=0.02)
+    assert place.holds(there)
+    assert close(place.run(there, x), dense, place)
+    plan = tp_amp.stream_plan(found, 0.5)
+    tp_amp.apply_plan(there, plan)
+    tp_amp.apply_plan(here, plan)
+    assert place.holds(there)
+    assert close(place.run(there, x), exact.run(here, x), place, half=0.2)
+
+
 TWO_GPUS = [
     pytest.mark.cuda,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs"),

@@ -37,7 +37,8 @@ def searching(model: nn.Module) -> tp_amp.AdaptiveMLPPruner:
 
 def table_of(model: nn.Module) -> Latency:
     structure = ModelStructure(model, images(1))
-    return Latency(structure, {mlp: mlp.width for mlp in structure.mlps}, 1)
+    mlps = structure.mlps
+    return Latency(structure, {mlp: mlp.width for mlp in mlps}, {mlp.down: 1 for mlp in mlps})
 
 
 CALLS: dict[str, Callable[[nn.Module], object]] = {

@@ -82,6 +82,14 @@ def getting_ready(kind: Any) -> Any:
     return loop
 
 
+def rotating(rotate: Any) -> Any:
+    def loop(steps: Steps, _patch: Any, _stack: Any) -> Callable[[], Any]:
+        model, batches = toy(), Read(steps)
+        return lambda: rotate(model, images(1, size=32), batches, **QUIET)
+
+    return loop
+
+
 def sensing(steps: Steps, patch: Any, _stack: Any) -> Callable[[], Any]:
     """The backward passes before a compensation."""
 
@@ -176,6 +184,7 @@ LOOPS: dict[str, tuple[Any, int]] = {
     "Taylor": (getting_ready(tp.importance.TaylorImportance), 1),
     "Hessian": (getting_ready(tp.importance.HessianImportance), 1),
     "activations": (getting_ready(tp.pruner.importance.ActivationImportance), 1),
+    "rotation of streams": (rotating(tp_amp.rotate), 1),
     "sensitivities": (sensing, 1),
     "compensate": (fitting, 7),  # the first MLP's `down`, and all six Linears of the next block
     "refine": (refining, 2),

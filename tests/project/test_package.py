@@ -34,6 +34,7 @@ def test_public_names_are_these() -> None:
         "GramSchmidtImportance",
         "HeadRanks",
         "Inspection",
+        "LeadingChannels",
         "MLP",
         "Measurement",
         "PruningPlan",
@@ -41,6 +42,8 @@ def test_public_names_are_these() -> None:
         "ReconstructionImportance",
         "Report",
         "RotatedHeads",
+        "RotatedStream",
+        "Stream",
         "apply_plan",
         "compare",
         "compensate",
@@ -61,11 +64,15 @@ def test_public_names_are_these() -> None:
         "plan_for_target",
         "plan_from_importance",
         "pruning_ratio_dict",
+        "push_to_hub",
         "rank_plan",
         "reconstruction_order",
+        "rescale_norms",
+        "rotate",
         "rotate_heads",
         "save_pruned",
         "split_batches",
+        "stream_plan",
     }
     assert all(getattr(tp_amp, name) is not None for name in tp_amp.__all__)
 

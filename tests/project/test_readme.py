@@ -64,7 +64,6 @@ def commands() -> list[str]:
     return [f"{demo:.0f}", f"{test / 60:.0f}"]
 
 
-# What the README says, with a group for each figure, and where these come from.
 def other_sizes() -> list[str]:
     found = []
     for kept in (0.7, 0.3):
@@ -76,6 +75,33 @@ def other_sizes() -> list[str]:
     return found
 
 
+def other_papers() -> list[str]:
+    """Points that recipes of other papers lose with half of the MLPs."""
+    names = ("VBP", "FLAP", "GRAIL", "CORP")
+    found = [
+        r for r in result("real")["rows"] if r["recipe"].startswith(names) and r["kept"] == 0.5
+    ]
+    assert len(found) == len(names)
+    [ours] = rows(0.5)
+    assert all(0.08 < r["cpu_seconds"] / ours["cpu_seconds"] < 0.12 for r in found)  # a tenth
+    lost = [100 * row["lost"] for row in found]
+    return [f"{min(lost):.0f}", f"{max(lost):.0f}"]
+
+
+def speeds() -> list[str]:
+    """Of the pruned model to the dense one's, the lowest and the highest of all runtimes."""
+    found = result("runtimes")["rows"]
+    ratios = [
+        new[1] / old[1]
+        for name, row in found.items()
+        if name.startswith("throughput")
+        for old, new in zip(row["dense"]["speeds"], row["pruned"]["speeds"], strict=True)
+    ]
+    assert len(ratios) == 8
+    return [f"{min(ratios):.1f}", f"{max(ratios):.1f}"]
+
+
+# What the README says, with a group for each figure, and where these come from.
 CLAIMS: list[tuple[str, Callable[[], list[str]]]] = [
     (rf"with a linear probe, on ({FIGURE}) photographs of ten classes", real),
     (
@@ -89,6 +115,8 @@ CLAIMS: list[tuple[str, Callable[[], list[str]]]] = [
         rf"with ({FIGURE}) % of them ({FIGURE}) ± ({FIGURE})",
         other_sizes,
     ),
+    (rf"recipes of four other papers lose ({FIGURE}) to ({FIGURE}) points", other_papers),
+    (rf"is ({FIGURE}) to ({FIGURE}) times as fast on two CPU threads", speeds),
     (rf"two models of ({FIGURE}) and ({FIGURE}) million parameters", small_models),
     (rf"they took ({FIGURE}) seconds and ({FIGURE}) minutes, without", commands),
     (rf"In a usual ViT ({FIGURE}) to ({FIGURE}) % of the parameters lie in the MLPs", shares),

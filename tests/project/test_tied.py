@@ -79,7 +79,9 @@ def test_they_are_not_found_and_the_reason_is_told(
         assert [mlp.down for mlp in tp_amp.find_mlps(model, images(1))] == [FREE]
     assert "the MLP blocks.1.mlp stays whole: blocks.1.mlp." in caplog.text
     assert "is also" in caplog.text
+    caplog.clear()
     found = tp_amp.inspect(model, images(1))
+    assert not caplog.messages  # its result says so
     assert [mlp.down for mlp in found.mlps] == [FREE]
     assert "is also" in found.kept_layers["blocks.2.mlp.first"]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from zoo import TIMM
 from zoo_checks import GROUPS, check
+from zoo_dense import further_models
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -36,6 +37,7 @@ def test_the_table_of_models_is_of_this_zoo() -> None:
     entries = {**TIMM}
     for group in GROUPS.values():
         entries |= group()
+    entries |= further_models()
     assert measured.keys() == {f"`{name}`" for name in entries}
     for name, (_, _, count) in entries.items():
         row = measured[f"`{name}`"]

@@ -366,3 +366,16 @@ def test_without_batches_the_model_is_as_it_was() -> None:
     with pytest.raises(ValueError, match="no batch"):
         tp_amp.rotate_heads(model, torch.zeros(1, 3, 32, 32), [])
     assert fingerprint(model) == before
+
+
+def test_what_rank_plan_does_not_take_is_told() -> None:
+    site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=8)
+    handle = tp_amp.RotatedHeads(site, (0.0,) * 9)
+    wrong: list[tuple[Any, Any, str]] = [
+        ([handle], 0.5, r"a dict of shares, \{'qk': 0.5, 'vo': 0.5\} or one .* found 0.5"),
+        (handle, {"vo": 0.5}, r"the list that rotate_heads gives, found one of it; pass \[it\]"),
+        ([site], {"vo": 0.5}, "the list that rotate_heads gives, found HeadRanks in it"),
+    ]
+    for rotated, kept, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            tp_amp.rank_plan(rotated, kept)

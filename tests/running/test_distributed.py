@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
 from toys import images, relative, toy
 
@@ -26,7 +27,6 @@ from tp_amp.compensation.costs import spread
 from tp_amp.compensation.refinement import refine
 from tp_amp.compensation.token_steps import Batches, Example
 from tp_amp.importance.objectives import Objective, mean_objective
-from tp_amp.importance.sensitivity import output_sensitivity, place_sensitivity
 from tp_amp.running.inputs import Inputs
 
 pytestmark = pytest.mark.slow

@@ -39,6 +39,16 @@ def test_changes_are_seen() -> None:
     assert not known.fits([weight])
 
 
+def test_conjugates_are_told_from_what_they_are_of() -> None:
+    rotary = torch.polar(torch.ones(6), torch.arange(6.0))
+    known = Fingerprint([rotary.conj()])
+    assert known.fits([rotary.conj().resolve_conj()])
+    assert not known.fits([rotary])
+    assert Fingerprint([rotary.conj().imag]).fits([-rotary.imag])
+    halves = in_second_half(torch.stack([rotary.conj()] * 2))
+    assert torch.equal(halves, in_second_half(torch.stack([rotary.conj().resolve_conj()] * 2)))
+
+
 def test_without_values_nothing_but_the_same_is_known() -> None:
     weight = torch.empty(3, 2, device="meta")
     assert Fingerprint([weight]).fits([weight])

@@ -9,7 +9,8 @@ from toys import ToyViT, images, toy
 
 import tp_amp
 from tp_amp import EntropyTaylorImportance
-from tp_amp.running.inputs import Inputs, example, one_image, prepare, runner
+from tp_amp.running.inputs import Inputs, example, of_size, one_image, prepare, runner
+from tp_amp.running.padding import images_alone
 
 
 def test_images_take_the_models_dtype_and_other_inputs_keep_theirs() -> None:
@@ -114,6 +115,19 @@ def test_the_model_is_called_as_the_script_does() -> None:
     assert given[2] == {"pixels": x}
 
 
+class Masking(nn.Module):
+    """Takes images, and maybe a mask."""
+
+    def forward(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
+        return pixels if mask is None else pixels * mask
+
+
+def test_what_may_be_left_out_may_be_missing_in_a_dict() -> None:
+    x, mask = images(2), torch.tensor(2.0)
+    assert Inputs(kwargs={"pixels": x}).call(Masking()) is x
+    assert torch.equal(Inputs(kwargs={"pixels": x, "mask": mask}).call(Masking()), 2 * x)
+
+
 def test_labels_of_a_batch_are_kept_apart() -> None:
     labels = torch.tensor([2, 0])
     for batch in ((images(2), labels), {"x": images(2), "target": labels}):
@@ -122,3 +136,44 @@ def test_labels_of_a_batch_are_kept_apart() -> None:
         assert len(found.tensors()) == 1
     assert prepare((images(3), labels), toy()).labels is None  # not one for each image
     assert found.to("cpu").labels is labels
+
+
+def test_texts_before_the_images_are_not_counted() -> None:
+    """As a processor of CLIP gives them; several texts may belong to each image."""
+    ids, pixels = torch.arange(12).view(6, 2), images(3)
+    batch = Inputs(kwargs={"input_ids": ids, "attention_mask": ids, "pixel_values": pixels})
+    assert batch.images == 3
+    assert batch.tensors()[0] is pixels
+    found = one_image(batch, 1, 1)
+    assert torch.equal(found.kwargs["pixel_values"], pixels[1:2])
+    assert found.kwargs["input_ids"].tolist() == ids[2:4].tolist()
+    assert list(found.kwargs) == list(batch.kwargs)
+    words = Inputs(kwargs={"input_ids": ids})
+    assert words.images == 6
+
+
+def test_patches_of_all_images_in_one_row() -> None:
+    """As Qwen's vision tower is given them, of images that differ in size."""
+    patches, grid = torch.arange(10).view(10, 1).float(), torch.tensor([[1, 2, 2], [1, 2, 3]])
+    batch = Inputs(kwargs={"hidden_states": patches, "grid_thw": grid})
+    assert batch.images == 2
+    assert batch.patches == [4, 6]
+    found = one_image(batch, 1, 1)
+    assert found.kwargs["hidden_states"].flatten().tolist() == [4, 5, 6, 7, 8, 9]
+    assert found.kwargs["grid_thw"].tolist() == [[1, 2, 3]]
+    assert one_image(found).kwargs["hidden_states"].shape == (6, 1)
+    alone = images_alone(batch)
+    assert alone.shape == (2, 6, 1)
+    assert alone[0].flatten().tolist() == [0, 1, 2, 3, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_batch_of_another_size_repeats_the_images(count: int) -> None:
+    images, texts = torch.arange(6.0).view(3, 2), torch.arange(12).view(6, 2)
+    batch = Inputs((images,), {"input_ids": texts, "scale": torch.ones(4, 5), "flag": True})
+    found = of_size(batch, count)
+    order = [i % 3 for i in range(count)]
+    assert torch.equal(found.args[0], images[order])
+    assert torch.equal(found.kwargs["input_ids"], texts.view(3, 2, 2)[order].flatten(0, 1))
+    assert torch.equal(found.kwargs["scale"], torch.ones(4, 5))
+    assert found.kwargs["flag"] is True

@@ -6,11 +6,18 @@ import copy
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from compensations import compensated
+from mixtures import DENSE, EXPERTS, mixture
 from searches import duplicated, pruner_of
-from toys import images, toy
+from torch import Tensor
+from toys import ToyViT, images, perturbed, relative, toy
 
 import tp_amp
+from tp_amp.search import compensated_probes
+from tp_amp.search.compensated_probes import Compensator
+from tp_amp.structure.model_structure import ModelStructure
 
 
 def test_widths_are_judged_after_compensation() -> None:
@@ -82,3 +89,89 @@ def test_no_compensation_leaves_the_kept_weights_alone() -> None:
     tp_amp.apply_plan(dense, images(1), pruner.plan)
     for one, other in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_one_compensator_serves_all_layers_and_returns_to_them() -> None:
+    """What it remembers of one layer is not taken for another's."""
+    structure, fitting = ModelStructure(toy(), images(1)), [images(40, seed=5)]
+    graph, sites, kept = structure.graph, structure.mlps, list(range(10))
+    recipe = tp_amp.Recipe()
+    shared = Compensator(graph, fitting, recipe, [site.down for site in sites])
+    for site in (*sites, sites[0]):
+        alone = Compensator(graph, fitting, recipe, [site.down]).correction(site, kept)
+        found = shared.correction(site, kept)
+        assert found is not None
+        assert alone is not None
+        assert torch.equal(found.weight, alone.weight)
+
+
+class Twice(ToyViT):
+    """Calls its blocks a second time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.head(self.norm(self.blocks(self.embedded(x))).mean(1))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        return self.embed(x).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def test_layers_that_are_called_several_times_are_not_corrected() -> None:
+    structure = ModelStructure(perturbed(Twice()), images(1))
+    graph, sites = structure.graph, structure.mlps
+    assert sites
+    names = [site.down for site in sites]
+    compensator = Compensator(graph, [images(8)], tp_amp.Recipe(), names)
+    assert [compensator.correction(site, [0, 1]) for site in sites] == [None] * len(sites)
+
+
+@torch.no_grad()
+def test_layers_that_a_router_feeds_are_not_corrected() -> None:
+    structure = ModelStructure(mixture(), images(8))
+    sites = {site.down: site for site in structure.mlps}
+    compensator = Compensator(structure.graph, [images(8)], tp_amp.Recipe(), list(sites))
+    found = {name: compensator.correction(site, [0, 1]) for name, site in sites.items()}
+    assert [found[name] for name in EXPERTS] == [None] * len(EXPERTS)
+    assert found[DENSE] is not None
+
+
+def loud(batch: Tensor) -> Tensor:
+    """Tokens of an image count the more, the later they come."""
+    return torch.arange(1.0, 18.0).repeat(len(batch), 1)
+
+
+@pytest.mark.parametrize("weights", [None, loud, "sensitivity"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_layer_cut_alone_is_corrected_as_compensate_does(weights: Any, heads: bool) -> None:
+    """Each in turn: what is remembered of one, its targets too, is not taken for another's."""
+    model, batches = tiny_models.vit(), tiny_models.pictures(48)
+    structure = ModelStructure(model, batches[0][:1])
+    sites = tp_amp.find_attentions(model, batches[0][:1]) if heads else structure.mlps
+    recipe = tp_amp.Recipe(token_weights=weights)
+    judge = Compensator(structure.graph, batches, recipe, [site.down for site in sites])
+    for site in sites:
+        kept = list(range(site.width // 2))
+        plan = tp_amp.PruningPlan({site.down: kept})
+        _, fitted = compensated(model, plan, batches, token_weights=weights)
+        with torch.no_grad():
+            found = judge.correction(site, kept)
+        assert found is not None
+        assert relative(found.weight, fitted[site.down].weight) < 1e-4
+        assert found.error == pytest.approx(fitted[site.down].error, rel=1e-4)
+
+
+@torch.no_grad()
+def test_seconds_are_those_of_the_probes_and_of_what_is_collected_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    structure = ModelStructure(toy(), images(1))
+    first, second = structure.mlps
+    fitting, names = [images(8)], [site.down for site in structure.mlps]
+    compensator = Compensator(structure.graph, fitting, tp_amp.Recipe(), names)
+    ticks = iter([0.0, 10.0, 20.0, 24.0])  # 10 s, of which 6 s collect, then 4 s
+    monkeypatch.setattr(compensated_probes, "clock", lambda: next(ticks))
+    assert compensator.seconds([first], [3]) == 6 + (3 + 1) * 4
+    assert compensator.seconds([first, second], [0, 1]) == 6 + (1 + 1) * 4  # of the same kind
+    nothing = Compensator(structure.graph, fitting, tp_amp.Recipe("none"), names)
+    assert nothing.seconds([first], [3]) == 0

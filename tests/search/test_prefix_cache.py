@@ -286,9 +286,11 @@ def test_takes_at_most_six_tenths_of_the_time() -> None:
             pruner.step()
             seconds[limit] = time.process_time() - start
             plans[limit] = pruner.plan.to_json()
+        assert plans[2**30] == plans[0]
         ratios.append(seconds[2**30] / seconds[0])
-    assert plans[2**30] == plans[0]
-    assert min(ratios) <= 0.6
+        if ratios[-1] <= 0.6:  # else it may be other work: up to three times
+            return
+    raise AssertionError(ratios)
 
 
 class Encoder(nn.Module):

@@ -231,12 +231,13 @@ def test_the_estimate_counts_the_passes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_estimate_of_a_search_counts_its_corrections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two layers of a kind: a correction of 5 s, six probes and the accepted one."""
     graph, sites = pruner_of(toy()).DG, tp_amp.find_mlps(toy(), torch.randn(1, 1, 8, 8))
-    compensator = Compensator(graph, data()[0], tp_amp.Recipe("affine"))
+    downs = [site.down for site in sites]
+    compensator = Compensator(graph, data()[0], tp_amp.Recipe("affine"), downs)
     times = iter([0.0, 8.0, 10.0, 15.0])  # the first collects moments for 3 s
     monkeypatch.setattr("tp_amp.search.compensated_probes.clock", lambda: next(times))
     assert compensator.seconds(sites, [6, 6]) == 2 * (3 + 7 * 5)
     assert compensator.seconds(sites, [0, 6]) == 3 + 7 * 5
-    assert Compensator(graph, data()[0], tp_amp.Recipe("none")).seconds(sites, [6, 6]) == 0
+    assert Compensator(graph, data()[0], tp_amp.Recipe("none"), downs).seconds(sites, [6, 6]) == 0
 
 
 def test_few_tokens_are_told_once_not_at_each_probe(caplog: pytest.LogCaptureFixture) -> None:

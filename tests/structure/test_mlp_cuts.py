@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -113,3 +114,41 @@ def test_the_readout_of_dpt_is_left_whole() -> None:
     plan = tp_amp.plan_from_importance(model, inputs, tp_amp.GramSchmidtImportance(), 0.5)
     tp_amp.apply_plan(model, inputs, plan)
     assert torch.isfinite(model(**inputs).predicted_depth).all()
+
+
+class Gives(nn.Module):
+    """Gives its hidden channels too, as transformers' CLIP gives what is pooled of each tower."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        self.nested, self.inner = nested, Residual(PlainMLP(6, 8))
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.up(self.inner(x))
+        given = {"embeds": self.down(hidden), "count": 3, "none": None, "tower": (hidden,)}
+        return given if self.nested else (given["embeds"], hidden)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_hidden_channels_that_the_model_gives_out_are_left_whole(nested: bool) -> None:
+    model, x = Gives(nested), torch.randn(2, 5, 6)
+    found = tp_amp.inspect(model, x)
+    assert [mlp.name for mlp in found.mlps] == ["inner.inner"]
+    reason = r"with 7 of 8 channels the model gives (2, 5, 8) as (2, 5, 7)"
+    assert reason in found.kept_layers["up"]
+
+
+class Varying(nn.Module):
+    """Gives out beside its result what has another length each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.lengths = PlainMLP(6, 8), itertools.count(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.mlp(x), x.new_zeros(next(self.lengths))
+
+
+def test_lengths_that_vary_by_themselves_say_nothing_of_an_mlp() -> None:
+    assert [mlp.down for mlp in tp_amp.find_mlps(Varying(), torch.randn(2, 6))] == ["mlp.second"]

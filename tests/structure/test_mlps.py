@@ -6,12 +6,22 @@ import timm
 import torch
 from mixing_models import Between, Packed
 from packaging.version import Version
-from torch import nn
-from toys import GatedMLP, PlainMLP, fingerprint, images, judges_shapes, toy
-from zoo_checks import check
+from torch import Tensor, nn
+from toys import (
+    GatedMLP,
+    PlainMLP,
+    fingerprint,
+    images,
+    judges_shapes,
+    perturbed,
+    relative,
+    toy,
+)
+from zoo_checks import check, masked
 
 import tp_amp
 from tp_amp.structure.fused import fused_parts
+from tp_amp.structure.model_structure import ModelStructure
 
 TIMM = {
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}, 32, 2),
@@ -249,3 +259,36 @@ def test_modules_that_count_their_channels_are_told_the_new_number() -> None:
     assert model[1].channels == 4
     assert norm.normalized_shape == (4,)
     torch.testing.assert_close(model(x), expected)
+
+
+class Boxes(nn.Module):
+    """A head whose output, a view, is moved in place, as in Conditional DETR."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, out) for out in (8, 8, 4))
+        self.activation = activation
+
+    def forward(self, given: Tensor) -> Tensor:
+        x = given
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        boxes: Tensor = self.layers[-1](x)
+        boxes[..., :2] += given[..., :2]
+        return boxes.sigmoid()
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.PReLU()])
+def test_layers_whose_output_is_changed_in_place_are_found(
+    activation: nn.Module, on_meta: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = perturbed(Boxes(activation)), torch.randn(2, 5, 8)
+    structure = ModelStructure(model, x, on_meta_device=on_meta)
+    assert [mlp.down for mlp in structure.mlps] == ["layers.1", "layers.2"]
+    keep = {"layers.1": [0, 3, 4], "layers.2": [1, 2, 5, 6]}
+    expected = masked(model, structure.mlps, keep)
+    tp_amp.apply_plan(model, tp_amp.PruningPlan(keep), x)
+    assert model.layers[1].weight.shape == (4, 3)
+    assert relative(model(x), expected(x)) < 1e-5

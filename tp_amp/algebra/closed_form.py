@@ -70,10 +70,14 @@ def correct(
         name: module path, for the log.
 
     Raises:
-        ValueError: the moments are of no tokens.
+        ValueError: the moments are of no tokens, or not finite.
     """
     if not moments.count:
         raise ValueError(f"{name} was given no tokens to fit on; check the token weights")
+    if not bool(torch.isfinite(moments.inputs).all() and torch.isfinite(moments.cross).all()):
+        raise ValueError(
+            f"what {name} reads, or should give, is not finite; check the images for NaN"
+        )
     nothing = torch.zeros_like(moments.cross)
     before = moments.squares
     if method == "none" or (method == "mean" and not bias):

@@ -110,7 +110,7 @@ def foreseen_errors(errors: Tensor, order: Tensor, halves: Halves, weight: Tenso
     if not halves.few:
         return errors
     hidden = len(order)
-    widths = sorted({hidden, *(max(1, int(hidden * share)) for share in _JUDGED)})
+    widths = sorted({max(1, int(hidden * share)) for share in _JUDGED} - {hidden})
     added = []
     for width in widths:
         cut = halves.after_cut(weight, order[:width].tolist())
@@ -121,5 +121,6 @@ def foreseen_errors(errors: Tensor, order: Tensor, halves: Halves, weight: Tenso
         if not math.isfinite(judged):  # a single image
             judged = correct(cut.whole, "mean").error
         added.append(max(0.0, judged - float(errors[width])))
-    missing = numpy.interp(range(hidden + 1), widths, added)
+    # Where nothing is cut, nothing is lost on any images.
+    missing = numpy.interp(range(hidden + 1), [*widths, hidden], [*added, 0.0])
     return (errors + torch.from_numpy(missing).to(errors)).cummin(0).values

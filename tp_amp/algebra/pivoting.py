@@ -107,3 +107,40 @@ class _Panel:
 def _squares(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.square()
+
+
+def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Order neurons so that each next one removes most of the output error that is left.
+
+    `y = W h` with covariance `C` of `h`. With the kept set `S`, the best affine reconstruction of
+    the rest leaves the error `tr(W R W^T)`, `R = C - C_:S C_SS^-1 C_S:`. Taking neuron `j` as well
+    lowers it by `|W R_:j|^2 / R_jj`. That is a Cholesky factorisation of `C` whose pivot is the
+    neuron with the largest gain, made in panels of 64 pivots. Of gains that agree to twelve digits
+    the lower index comes first. Beside its arguments it takes about three matrices of `C`'s size.
+
+    Args:
+        covariance: of the hidden activation, `(hidden, hidden)`.
+        weight: of the layer that reads it, `(outputs, hidden)`.
+
+    Returns:
+        The neurons, the best first, `(hidden,)`; those that add nothing last, by index. And the
+        mean squared error of the output with the first 0, 1, ... kept, `(hidden + 1,)`.
+
+    Example:
+        >>> import torch, tp_amp
+        >>> covariance = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> order, errors = tp_amp.reconstruction_order(covariance, torch.eye(2))
+        >>> order.tolist(), errors.tolist()
+        ([1, 0], [5.0, 1.0, 0.0])
+    """
+    covariance, weight = covariance.double(), weight.to(covariance.device).double()
+    product = covariance @ weight.T
+    error = (product * weight.T).sum()
+    first, gains = gain_pivots(covariance, product)
+    rest = torch.ones(len(covariance), dtype=torch.bool, device=first.device)
+    rest[first] = False
+    falls = gains.new_zeros(len(covariance) + 1)
+    falls[0], falls[1 : len(gains) + 1] = error, -gains
+    # A sum that is made in parallel may rise by rounding.
+    errors = falls.cumsum(0).cummin(0).values.clamp_min(0)
+    return torch.cat([first, rest.nonzero().flatten()]).cpu(), errors

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 
 def allocate(
-    errors: Mapping[str, Tensor], costs: Mapping[str, Tensor], budget: float, round_to: int = 1
+    errors: Mapping[str, Tensor],
+    costs: Mapping[str, Tensor],
+    budget: float,
+    steps: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Choose widths whose cost is within a budget, with the smallest sum of errors.
 
@@ -23,7 +27,7 @@ def allocate(
         errors: name -> error with 0, 1, ... channels kept, `(width + 1,)`.
         costs: name -> cost of 0, 1, ... channels, `(width + 1,)`, never falling.
         budget: for the sum of the costs.
-        round_to: widths are multiples of it.
+        steps: name -> what its widths are multiples of, where that is more than 1.
 
     Returns:
         Name -> width, at least one step each.
@@ -36,7 +40,7 @@ def allocate(
         >>> allocate(errors, {"a": torch.arange(3.0), "b": torch.arange(3.0)}, budget=3)
         {'a': 2, 'b': 1}
     """
-    choices = {n: width_choices(len(values) - 1, round_to) for n, values in errors.items()}
+    choices = {n: width_choices(len(values) - 1, steps.get(n, 1)) for n, values in errors.items()}
 
     def widths(price: float) -> dict[str, int]:
         return {
@@ -98,9 +102,9 @@ def _next(kept: Tensor, width: int) -> int | None:
     return int(kept[place]) if place < len(kept) else None
 
 
-def width_choices(width: int, round_to: int) -> Tensor:
+def width_choices(width: int, step: int) -> Tensor:
     """The widths to choose from: multiples, and the dense one."""
-    multiples = torch.arange(1, width // round_to + 1) * round_to
+    multiples = torch.arange(1, width // step + 1) * step
     return (
         multiples
         if len(multiples) and multiples[-1] == width

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tp_amp.budget.latency import Latency
-from tp_amp.plan.cutting import narrowed
+from tp_amp.budget.width_arguments import RoundTo
+from tp_amp.budget.width_kinds import kind_of, steps_of
+from tp_amp.plan.cutting import narrowed, site_layers
 from tp_amp.running.arguments import is_number
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import shapes_first
+from tp_amp.running.runtimes.building import EAGER, check_runtime
 from tp_amp.structure.macs import count_macs
 from tp_amp.structure.model_structure import ModelStructure, Site
 
@@ -26,8 +31,9 @@ _UNITS = {"params": "params", "macs": "macs", "latency": "ms of latency"}
 # A size that comes that close below the target is taken.
 _CLOSE = 0.01
 _NOISE = 1e-9  # of sums, relative to them
-# The table adds up what the layers save; a model that is off by more is told.
-_FAR = 0.1
+# The table adds up what the layers save. A model that is off by more is told, and before that
+# other widths are looked for where it is off by more than half of that.
+_FAR, _OFF = 0.1, 0.05
 
 
 class Budget:
@@ -40,14 +46,17 @@ class Budget:
         structure: what was read of the dense model; on its example inputs MACs are counted and the
             latency is measured.
         sites: what may be cut.
-        round_to: widths of MLPs are multiples of it, and at such ones the latency is measured.
+        round_to: as for `steps_of`; at such widths the latency is measured.
+        runtime: where the latency is measured; see `RUNTIMES`.
 
     Attributes:
         dense: what the dense model costs.
+        steps: what the widths of each site are multiples of.
         measured: after `confirm`, the latency of the cut model in milliseconds.
 
     Raises:
         ValueError: the target is none of these, or the latency can't be measured.
+        ImportError: the runtime is not installed.
     """
 
     def __init__(
@@ -55,21 +64,23 @@ class Budget:
         target: Mapping[str, float],
         structure: ModelStructure,
         sites: Sequence[Site],
-        round_to: int = 1,
+        round_to: RoundTo = 1,
+        runtime: str = EAGER,
     ) -> None:
         self.kind, amount = read_target(target)
-        self.target, self.round_to = dict(target), round_to
+        self.target, self.steps = dict(target), steps_of(sites, round_to)
         self.widths = {site.down: site.width for site in sites}
         self.latency: Latency | None = None
         self.measured: float | None = None
+        self._measured_at: Mapping[str, Sequence[int]] | None = None
         macs = partial(_macs, forward_fn=structure.forward_fn)
         measure = _parameters if self.kind == "params" else macs
-        self.dense, self.units = _costs(measure, structure, sites)
+        self.dense, self.units, self._shared = _costs(measure, structure, sites)
         if self.kind == "latency":
             # Sites of one width whose channels make as many MACs have the same shapes and tokens.
-            alike = {site: (type(site), site.width, self.units[site.down]) for site in sites}
-            self.latency = Latency(structure, alike, round_to)
-            self.dense = self.latency.dense
+            alike = {site: (kind_of(site), site.width, self.units[site.down]) for site in sites}
+            self.latency = Latency(structure, alike, self.steps, runtime)
+            self.dense, self._shared = self.latency.dense, {}
             self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount
 
@@ -81,11 +92,44 @@ class Budget:
 
     def cost(self, widths: Mapping[str, int]) -> float:
         """Parameters, MACs or milliseconds of the model at given widths."""
-        return self.dense - math.fsum(self.saved(name, width) for name, width in widths.items())
+        return self.separate_cost(widths, self.widths)
 
-    def costs(self, name: str) -> Tensor:
-        """What one site costs with 0, 1, ... channels or heads kept, `(width + 1,)`."""
-        saved = [self.saved(name, width) for width in range(self.widths[name] + 1)]
+    def separate_cost(
+        self, widths: Mapping[str, int], fixed: Mapping[str, int] = MappingProxyType({})
+    ) -> float:
+        """What `cost` would be if each site saved as much as it saves alone.
+
+        It is less where two sites share a layer, as MLPs do of which one's `down` is the other's
+        `up`: what both cut of it counts twice.
+
+        Args:
+            widths: of all sites.
+            fixed: those of them with which all others do not save alone.
+        """
+        cut = {name: self.widths[name] - width for name, width in widths.items()}
+        twice = [
+            cut.get(one, 0) * cut.get(other, 0) * amount
+            for (one, other), amount in self._shared.items()
+            if one in fixed or other in fixed
+        ]
+        alone = math.fsum(self.saved(name, width) for name, width in widths.items())
+        return self.dense - alone + math.fsum(twice)
+
+    def costs(self, name: str, fixed: Mapping[str, int] = MappingProxyType({})) -> Tensor:
+        """What one site costs with 0, 1, ... channels or heads kept, `(width + 1,)`.
+
+        Args:
+            name: its `down`.
+            fixed: widths of others, beside which it costs that.
+        """
+        less = math.fsum(
+            (self.widths[other] - width) * amount
+            for other, width in fixed.items()
+            for pair, amount in self._shared.items()
+            if {name, other} == {*pair}
+        )
+        width = self.widths[name]
+        saved = [self.saved(name, kept) - (width - kept) * less for kept in range(width + 1)]
         return saved[0] - torch.tensor(saved, dtype=torch.float64)
 
     def tolerances(self, increase: float) -> dict[str, float]:
@@ -100,21 +144,25 @@ class Budget:
     def check(self, smallest: Mapping[str, int]) -> None:
         """Raise ValueError with the reachable range if the target is out of it."""
         least = self.cost(smallest)
-        if least > self.dense * (1 + _NOISE):
-            raise ValueError(
-                f"cutting makes the model no smaller: it has {self.dense:.4g} {self.unit}, "
-                f"and {least:.4g} with the smallest widths {dict(smallest)}; allow smaller ones"
-            )
         if (1 - _NOISE) * least <= self.amount < least:
             self.amount = least  # sums of the same numbers in another order
-        if not least <= self.amount <= self.dense:
-            # Rounded inwards: whoever takes an end of what is told gets it.
-            low, high = _rounded((1 - _NOISE) * least, math.ceil), _rounded(self.dense, math.floor)
-            fraction = math.ceil(1000 * (1 - _NOISE) * least / self.dense) / 1000
+        if least <= self.amount <= self.dense:
+            return
+        # Rounded inwards: whoever takes an end of what is told gets it.
+        low, high = _rounded((1 - _NOISE) * least, math.ceil), _rounded(self.dense, math.floor)
+        if low >= high:
+            than, remedy = "smaller", "allow smaller ones"
+            if self.latency is not None:
+                than, remedy = "faster", "time larger inputs, or give a target of params or macs"
             raise ValueError(
-                f"the target of {self.amount:.4g} {self.unit} can't be met: reachable are "
-                f"{low:.4g} to {high:.4g}, fractions {fraction:.3f} to 1"
+                f"cutting makes the model no {than}: it has {self.dense:.4g} {self.unit}, "
+                f"and {least:.4g} with the smallest widths {dict(smallest)}; {remedy}"
             )
+        fraction = math.ceil(1000 * (1 - _NOISE) * least / self.dense) / 1000
+        raise ValueError(
+            f"the target of {self.amount:.4g} {self.unit} can't be met: reachable are "
+            f"{low:.4g} to {high:.4g}, fractions {fraction:.3f} to 1"
+        )
 
     @property
     def unit(self) -> str:
@@ -125,6 +173,28 @@ class Budget:
         """Whether a cost is below the target and hardly so."""
         return (1 - _CLOSE) * self.amount <= cost <= self.amount
 
+    def correct(self, keep: Mapping[str, Sequence[int]]) -> bool:
+        """Measure the latency of the model cut to `keep`, and let the table tell it.
+
+        Returns:
+            Whether it misses the target and the table did not foresee that, so that with the table
+            as it is now there are other widths that come closer.
+        """
+        if self.latency is None:
+            return False
+        widths = {name: len(kept) for name, kept in keep.items()}
+        foreseen, measured = self.cost(widths), self._measure(self.latency, keep)
+        if not _is_far(measured, self.amount, _OFF) or not _is_far(measured, foreseen, _OFF):
+            return False
+        self.latency.correct(widths, measured)
+        logger.info("measured %.4g ms where the table had %.4g ms", measured, foreseen)
+        return self.cost(widths) != foreseen
+
+    def _measure(self, latency: Latency, keep: Mapping[str, Sequence[int]]) -> float:
+        if self.measured is None or self._measured_at != keep:
+            self.measured, self._measured_at = latency.measure(keep), keep
+        return self.measured
+
     def confirm(self, keep: Mapping[str, Sequence[int]]) -> None:
         """Measure the latency of the model cut to `keep`; one warning tells what misses the target.
 
@@ -132,7 +202,7 @@ class Budget:
         """
         foreseen = self.cost({name: len(kept) for name, kept in keep.items()})
         if self.latency is not None:
-            self.measured = self.latency.measure(keep)
+            self.measured = self._measure(self.latency, keep)
             told = (
                 "the latency is %.4g ms (%.3f of the dense model's), the target %.4g ms (%.3f), "
                 "from the table %.4g ms (%.3f)"
@@ -159,8 +229,25 @@ class Budget:
             )
 
 
-def _is_far(measured: float, wanted: float) -> bool:
-    return abs(measured - wanted) > _FAR * wanted
+def _is_far(measured: float, wanted: float, share: float = _FAR) -> bool:
+    return abs(measured - wanted) > share * wanted
+
+
+def check_target(target: Any, runtime: Any) -> None:
+    """Check a target and where its latency is measured, before anything is read.
+
+    Raises:
+        TypeError: the target is no dict.
+        ValueError: it is none of those known, or the runtime is none, or one without a latency.
+        ImportError: the runtime is not installed.
+    """
+    kind, _ = read_target(target)
+    check_runtime(runtime)
+    if runtime != EAGER and kind != "latency":
+        raise ValueError(
+            f"runtime={runtime!r} is where a latency is measured, and the target is "
+            f"{dict(target)}; leave the runtime out, or give a target of latency"
+        )
 
 
 def read_target(target: Any) -> tuple[str, float]:
@@ -190,18 +277,31 @@ def _costs(
     measure: Callable[[nn.Module, Inputs], float],
     structure: ModelStructure,
     sites: Sequence[Site],
-) -> tuple[float, dict[str, float]]:
-    """The dense model's cost, and that of one channel or head of each site."""
+) -> tuple[float, dict[str, float], dict[tuple[str, str], float]]:
+    """The dense model's cost, that of one channel or head of each site, and what two share of it.
+
+    Of two sites that have a layer in common, by their `down`: what a channel of the one and a
+    channel of the other cost both.
+    """
     model = structure.model
+    layers = {site.down: site_layers(site) for site in sites}
 
-    def costs(inputs: Inputs, _: Any) -> tuple[float, dict[str, float]]:
-        dense, units = measure(model, inputs), {}
-        for site in sites:
-            with narrowed(structure.graph, {site: range(1, site.width)}):
-                units[site.down] = dense - measure(model, inputs)
-        return dense, units
+    def costs(inputs: Inputs, _: Any) -> Any:
+        def without(*some: Site) -> float:
+            keep = {site: range(1, site.width) for site in some}
+            with narrowed(structure.graph, keep):
+                return dense - measure(model, inputs)
 
-    return shapes_first(model, structure.inputs, costs)
+        dense = measure(model, inputs)
+        units = {site.down: without(site) for site in sites}
+        shared = {}
+        for one, other in itertools.combinations(sites, 2):
+            if layers[one.down] & layers[other.down]:
+                amount = units[one.down] + units[other.down] - without(one, other)
+                shared[one.down, other.down] = amount
+        return dense, units, shared
+
+    return shapes_first(model, structure.inputs, costs)  # type: ignore[no-any-return]
 
 
 def _parameters(model: nn.Module, inputs: Inputs) -> float:

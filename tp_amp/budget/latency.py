@@ -1,19 +1,23 @@
-"""How long a model takes at each width of its layers: tables measured on its device."""
+"""How long a model takes at each width of its layers: tables, measured on its device."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy
 import torch
 
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.inputs import runner
-from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.restoring import evaluating
+from tp_amp.running.runtimes.building import EAGER, build, check_runtime
 from tp_amp.running.timing import seconds
-from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
@@ -31,25 +35,37 @@ class Latency:
     straight line, and what layers save adds up. The dense model runs in turns with the narrowed
     ones, so that other load on the machine slows all of them alike.
 
+    In another runtime each set of widths must be built, which takes seconds to minutes. So the
+    table is PyTorch's there too, scaled: by what the model with the smallest widths saves in that
+    runtime, and by what `correct` is told.
+
     Args:
         structure: what was read of the dense model; its example inputs are run.
         alike: layer -> anything that equal layers have in common.
-        round_to: the measured widths of MLPs are multiples of it, since others may be slower.
+        steps: what the measured widths of each layer are multiples of, by its `down`, since others
+            may be slower.
+        runtime: where the model shall be fast, one of `RUNTIMES`.
 
     Attributes:
-        dense: milliseconds of the dense model, the median.
+        dense: milliseconds of the dense model in the runtime, the median.
 
     Raises:
-        ValueError: the model is on the meta device.
+        ValueError: the model is on the meta device, or the runtime fails on it.
+        ImportError: the runtime is not installed.
     """
 
     def __init__(
         self,
         structure: ModelStructure,
         alike: Mapping[Site, Hashable],
-        round_to: int,
+        steps: Mapping[str, int],
+        runtime: str = EAGER,
     ) -> None:
-        self._graph = structure.graph
+        check_runtime(runtime, structure.model)
+        self._graph, self._forward_fn = structure.graph, structure.forward_fn
+        self._runtime, self._scale = runtime, 1.0
+        # What was measured last, built: it can be measured again at once.
+        self._last: tuple[Mapping[str, Sequence[int]], list[Callable[[], float]]] | None = None
         self._run = runner(structure.model, structure.forward_fn)
         self._device = next(structure.model.parameters()).device
         if self._device.type == "meta":
@@ -65,7 +81,7 @@ class Latency:
         logger.info(
             "timing %d kinds of layers at up to %d widths on %s", len(groups), POINTS, self._device
         )
-        measured = [self._table(sites, round_to) for sites in groups.values()]
+        measured = [self._table(sites, steps[sites[0].down]) for sites in groups.values()]
         self.dense = 1000 * statistics.median(dense for dense, _, _ in measured)
         # By name: widths, and the milliseconds that they save.
         self._tables: dict[str, tuple[list[int], list[float]]] = {
@@ -73,20 +89,54 @@ class Latency:
             for sites, (_, widths, shares) in zip(groups.values(), measured, strict=True)
             for site in sites
         }
+        if runtime != EAGER:
+            self._scale_to_runtime()
 
     def saved(self, name: str, width: int) -> float:
         """Milliseconds that one layer saves at a width; below the smallest measured one no more."""
-        return float(numpy.interp(width, *self._tables[name]))
+        return self._scale * float(numpy.interp(width, *self._tables[name]))
 
     def measure(self, keep: Mapping[str, Sequence[int]]) -> float:
         """Milliseconds of the model cut to `keep`, as it does beside the dense one."""
-        _, [ratio] = self._ratios([{self._sites[name]: kept for name, kept in keep.items()}])
+        if self._last is None or self._last[0] != keep:
+            cut = {self._sites[name]: kept for name, kept in keep.items()}
+            self._last = keep, self._in_runtime([cut])
+        _, [ratio] = self._compared(self._last[1])
         return self.dense * ratio
 
-    def _table(self, sites: list[Site], round_to: int) -> tuple[float, list[int], list[float]]:
+    def moved(self, runtime: str) -> Latency:
+        """The same table scaled to another runtime."""
+        check_runtime(runtime, self._graph.model)
+        other = copy.copy(self)
+        other._runtime, other._scale, other._last = runtime, 1.0, None
+        other._scale_to_runtime()
+        return other
+
+    def correct(self, widths: Mapping[str, int], measured: float) -> None:
+        """Scale the table to what was measured (milliseconds) at some widths, unless that is none.
+
+        What layers save together is more or less than what they save one kind at a time.
+        """
+        foreseen = math.fsum(self.saved(name, width) for name, width in widths.items())
+        if foreseen > 0 and measured < self.dense:
+            self._scale *= (self.dense - measured) / foreseen
+
+    def _scale_to_runtime(self) -> None:
+        """Let the table be the runtime's: PyTorch's, with what the smallest widths save there."""
+        logger.info("building the dense model and the narrowest one for %s", self._runtime)
+        smallest = {name: widths[0] for name, (widths, _) in self._tables.items()}
+        foreseen = math.fsum(self.saved(name, width) for name, width in smallest.items())
+        cut = {self._sites[name]: range(width) for name, width in smallest.items()}
+        self._built_dense = self._built({})
+        dense, [ratio] = self._compared(self._in_runtime([cut]))
+        self.dense = 1000 * dense
+        self._scale = max(0.0, 1 - ratio) * self.dense / foreseen if foreseen else 0.0
+
+    def _table(self, sites: list[Site], step: int) -> tuple[float, list[int], list[float]]:
         """The dense model's seconds, and what share of them all of these save at which widths."""
-        widths = _points(sites[0], round_to)
-        dense, ratios = self._ratios([{site: range(width) for site in sites} for width in widths])
+        widths = _points(sites[0].width, step)
+        cuts: list[_Keep] = [{}, *({site: range(width) for site in sites} for width in widths)]
+        dense, ratios = self._compared([partial(self._seconds, cut) for cut in cuts])
         # A narrower layer saves no less than a wider one: what noise, or a width that suits the
         # device badly, says against that is settled so that the model is rather faster than told.
         shares = [max(0.0, 1 - ratio) for ratio in ratios]
@@ -94,17 +144,29 @@ class Latency:
         return dense, [*widths, sites[0].width], [*falling, 0.0]
 
     @torch.no_grad()
-    def _ratios(self, cuts: Sequence[_Keep]) -> tuple[float, list[float]]:
-        """The dense model's seconds, and the time with each cut relative to it: medians."""
+    def _compared(self, timed: Sequence[Callable[[], float]]) -> tuple[float, list[float]]:
+        """The seconds of the first, the dense model, and of each other relative to it: medians."""
         dense: list[float] = []
-        ratios: list[list[float]] = [[] for _ in cuts]
-        with evaluating(self._graph.model, trainable=False), seeded(0):
+        ratios: list[list[float]] = [[] for _ in timed[1:]]
+        with evaluating(self._graph.model, trainable=False):
             for _ in range(_WARM_UP + _REPEATS):
-                dense.append(self._seconds({}))
-                for cut, found in zip(cuts, ratios, strict=True):
-                    found.append(self._seconds(cut) / dense[-1])
+                dense.append(timed[0]())
+                for run, found in zip(timed[1:], ratios, strict=True):
+                    found.append(run() / dense[-1])
         medians = [statistics.median(found[_WARM_UP:]) for found in ratios]
         return statistics.median(dense[_WARM_UP:]), medians
+
+    def _in_runtime(self, cuts: Sequence[_Keep]) -> list[Callable[[], float]]:
+        """What times the dense model and some cut ones, built where that is needed."""
+        if self._runtime == EAGER:
+            return [partial(self._seconds, cut) for cut in ({}, *cuts)]
+        runs = [self._built_dense, *map(self._built, cuts)]
+        return [partial(seconds, run, self._inputs, self._device) for run in runs]
+
+    def _built(self, keep: _Keep) -> Callable[..., Any]:
+        model = self._graph.model
+        with evaluating(model, trainable=False), narrowed(self._graph, keep):
+            return build(model, self._inputs, self._runtime, self._forward_fn).run
 
     def _seconds(self, keep: _Keep) -> float:
         with narrowed(self._graph, keep):
@@ -113,9 +175,8 @@ class Latency:
             return seconds(self._run, self._inputs, self._device)
 
 
-def _points(site: Site, round_to: int) -> list[int]:
+def _points(dense: int, step: int) -> list[int]:
     """Widths from the smallest up, evenly spread, without the dense one."""
-    step = 1 if isinstance(site, Attention) else round_to
-    even = numpy.linspace(0, site.width, POINTS + 1)[:-1].tolist()
+    even = numpy.linspace(0, dense, POINTS + 1)[:-1].tolist()
     widths = {max(1, round(width / step)) * step for width in even}
-    return sorted(width for width in widths if width < site.width)
+    return sorted(width for width in widths if width < dense)

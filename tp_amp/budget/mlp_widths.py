@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from tp_amp.budget.width_arguments import RoundTo
+from tp_amp.budget.width_kinds import steps_of
 from tp_amp.running.arguments import check_number, check_widths
 from tp_amp.structure.mlps import MLP, find_mlps
+from tp_amp.structure.model_structure import Site
 
 logger = logging.getLogger(__name__)
 
@@ -113,26 +116,34 @@ def _some_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
     return mlps
 
 
-def check_narrowable(mlps: Iterable[MLP], *, round_to: int = 1, min_width: int = 1) -> None:
-    """Tell which MLPs stay whole since no width that is asked for lies below theirs.
+def check_narrowable(sites: Sequence[Site], *, round_to: RoundTo = 1, min_width: int = 1) -> None:
+    """Tell which MLPs and attentions stay whole since no width that is asked for lies below theirs.
+
+    Args:
+        sites: what is to be cut.
+        round_to: as for `steps_of`.
+        min_width: the smallest width of an MLP.
 
     Raises:
         ValueError: all of them do.
     """
-    widths = {mlp.down: mlp.width for mlp in mlps}
-    least = -(-min_width // round_to) * round_to
-    if least == 1:
-        return
-    whole = [name for name, width in widths.items() if width <= least]
+    steps = steps_of(sites, round_to)
+    least = {
+        site.down: -(-(min_width if isinstance(site, MLP) else 1) // step) * step
+        for site, step in zip(sites, steps.values(), strict=True)
+    }
+    whole = [site for site in sites if 1 < least[site.down] >= site.width]
     if not whole:
         return
     asked = {"round_to": round_to, "min_width": min_width}
-    told = " and ".join(f"{name}={value}" for name, value in asked.items() if value > 1)
-    several = ", ".join(f"{name} ({widths[name]})" for name in whole[:3])
+    told = " and ".join(f"{name}={value}" for name, value in asked.items() if value != 1)
+    several = ", ".join(f"{site.down} ({site.width})" for site in whole[:3])
+    smallest = " or ".join(str(width) for width in sorted({least[site.down] for site in whole}))
+    kind = "MLPs" if all(isinstance(site, MLP) for site in sites) else "widths"
     text = (
-        f"with {told} the smallest width is {least}, so that {len(whole)} of {len(widths)} MLPs "
-        f"stay whole: {several}{', ...' if len(whole) > 3 else ''}"
+        f"with {told} the smallest width is {smallest}, so that {len(whole)} of {len(sites)} "
+        f"{kind} stay whole: {several}{', ...' if len(whole) > 3 else ''}"
     )
-    if len(whole) == len(widths):
+    if len(whole) == len(sites):
         raise ValueError(f"{text}; nothing could be pruned, take less")
     logger.warning(text)

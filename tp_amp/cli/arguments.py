@@ -17,6 +17,8 @@ from tp_amp.cli.help_texts import (
     METHODS,
     MODEL,
     OBJECTIVES,
+    RUNTIMES,
+    WIDTHS,
 )
 
 
@@ -174,6 +176,23 @@ then, in Python: model = tp_amp.create_model("small")
         metavar="NATS",
         help="of entropy that the cut of each MLP may add; the paper has 0.01",
     )
+    speed = parser.add_argument_group("speed, before and after")
+    speed.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        help="what --target latency=... and the report's speeds are measured in: PyTorch, "
+        "torch.compile, onnxruntime (needs tp-amp[export]) or OpenVINO (needs tp-amp[openvino]); "
+        "default: eager, which is PyTorch",
+    )
+    speed.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=value.positive,
+        default=[],
+        metavar="N",
+        help="further batch sizes to measure the speed at, say 1 8 64",
+    )
     parser.add_argument(
         "--importance",
         choices=tuple(IMPORTANCES),
@@ -209,7 +228,17 @@ then, in Python: model = tp_amp.create_model("small")
         help="write the state of a search; a killed command started again goes on from there",
     )
     parser.add_argument(
-        "--prune-num-heads", action="store_true", help="cut heads of attentions too"
+        "--prune-num-heads", action="store_true", help="search heads of attentions too"
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        choices=tuple(WIDTHS),
+        default=["mlp"],
+        metavar="KIND",
+        help="what may be cut at one price, with --target and reconstruction: "
+        + ", ".join(f"{name} ({text})" for name, text in WIDTHS.items())
+        + "; heads and stream are put into new coordinates first (default: mlp)",
     )
     parser.add_argument(
         "--round-to", type=value.positive, default=1, metavar="N", help="widths are multiples of N"

@@ -19,6 +19,7 @@ from tp_amp.data.sources import load
 from tp_amp.evaluation.fidelity import class_count
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import save_pruned
+from tp_amp.reports.report import Report
 from tp_amp.running.checks import check_values
 from tp_amp.running.inputs import example
 from tp_amp.structure.macs import macs_of
@@ -96,12 +97,21 @@ def draw_batches(
     )
 
 
-def write_model(loaded: Loaded, plan: PruningPlan, record: dict[str, Any], folder: Path) -> None:
+def write_model(
+    loaded: Loaded, plan: PruningPlan, report: Report, record: dict[str, Any], folder: Path
+) -> None:
     """Save a pruned model with all that makes it a model of the command line."""
     origin = {"library": loaded.library, "name": loaded.name}
-    save_pruned(loaded.model, folder, plan, **origin, arguments=loaded.arguments)
-    if loaded.processor is not None:
-        loaded.processor.save_pretrained(folder)
+    save_pruned(
+        loaded.model,
+        folder,
+        plan,
+        **origin,
+        arguments=loaded.arguments,
+        processor=loaded.processor,
+        report=report,
+    )
+    report.save(folder / REPORT)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 

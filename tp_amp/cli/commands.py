@@ -25,7 +25,7 @@ from tp_amp.cli.describing import described, widths
 from tp_amp.cli.distill_command import distill
 from tp_amp.cli.help_texts import IMPORTANCES
 from tp_amp.cli.output_folder import staging
-from tp_amp.cli.pruning import LABELLED, Pruning, composed, make_importance
+from tp_amp.cli.pruning import LABELLED, Pruning, make_importance
 from tp_amp.data.images import open_images
 from tp_amp.evaluation.comparing import compare as compare_importances
 from tp_amp.evaluation.fidelity import default_metric
@@ -107,9 +107,11 @@ def prune(options: Namespace) -> Answer:
         after = {**size_of(model, inputs), metric: measure(model)}
         for sizes, latency in zip((before, after), pruning.latencies(), strict=True):
             sizes |= latency
-        both = tp_amp.measure_both(dense, model, judging)
+        both = tp_amp.measure_both(
+            dense, model, judging, runtime=options.runtime, batch_sizes=options.batch_sizes
+        )
         if loaded.plan is not None:
-            plan = composed(loaded.plan, plan)
+            plan = loaded.plan.then(plan)
         record = {
             "spec": options.model,
             "output": options.output,
@@ -121,8 +123,7 @@ def prune(options: Namespace) -> Answer:
             "widths": widths(plan),
             "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
         }
-        write_model(loaded, plan, record, folder)
-        plan.report(*both).save(folder / REPORT)
+        write_model(loaded, plan, plan.report(*both), record, folder)
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     saved = f"saved in {output}: {files}\nnext: tp-amp report {output}"
     return Answer(f"{described(record)}\n{saved}", record)
@@ -154,8 +155,10 @@ _SETTINGS = (
     "ignore",
     "only",
     "target",
+    "runtime",
     "max_increase",
     "prune_num_heads",
+    "widths",
     "round_to",
     "min_width",
     "seed",
@@ -165,7 +168,12 @@ _SETTINGS = (
 def _dry_run(pruning: Pruning, scoring: list[Any], judging: list[Any]) -> Answer:
     """Tell what would be cut, or searched; the model is a copy, and nothing is written."""
     model, inputs, options = pruning.model, pruning.inputs, pruning.options
-    shared = {"spec": options.model, "dry_run": True, "target": options.target}
+    shared = {
+        "spec": options.model,
+        "dry_run": True,
+        "target": options.target,
+        "runtime": options.runtime,
+    }
     plan = pruning.foreseen(scoring)
     nothing = "a dry run: nothing was cut or written"
     if plan is None:

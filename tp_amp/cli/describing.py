@@ -33,6 +33,9 @@ def described(record: dict[str, Any]) -> str:
         after = record["after"][key]
         if key in _SIZES:
             name, unit, scale = _SIZES[key]
+            runtime = record.get("runtime", "eager")
+            if key == "latency" and runtime != "eager":
+                name = f"{name} in {runtime}"
             sizes = f"{before / scale:.3f} {unit} -> {after / scale:.3f} {unit}"
             lines.append(f"{name}: {sizes} ({after / before:.1%})")
         else:

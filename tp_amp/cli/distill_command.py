@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 import tp_amp
 from tp_amp.cli.command_parts import (
     RECORD,
-    REPORT,
     Answer,
     count_images,
     draw_batches,
@@ -87,8 +86,8 @@ def distill(options: Namespace) -> Answer:
             },
             "versions": {"tp_amp": tp_amp.__version__, "torch": torch.__version__},
         }
-        write_model(loaded, plan, record, folder)
-        plan.report(*tp_amp.measure_both(teacher, student, judging)).save(folder / REPORT)
+        report = plan.report(*tp_amp.measure_both(teacher, student, judging))
+        write_model(loaded, plan, report, record, folder)
     told = f"{count_images(judging)} images that did not train"
     files = ", ".join(sorted(path.name for path in output.iterdir()))
     saved = f"saved in {output}: {files}\nnext: tp-amp report {output}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from tp_amp.budget.width_arguments import check_kinds
 from tp_amp.cli.help_texts import BY_OBJECTIVE, IMPORTANCES
 from tp_amp.cli.output_folder import check_output
 from tp_amp.data.image_places import check_place
@@ -54,6 +55,13 @@ def _check_pruning(options: Namespace) -> None:
         raise ValueError(
             f"--activation-checkpointing is for --importance {' and '.join(BY_OBJECTIVE)}; leave "
             f"it out, {options.importance} runs without"
+        )
+    check_kinds(options.widths, options.round_to, options.target)
+    if options.widths != ["mlp"] and has_to_search(options):
+        raise ValueError(
+            f"--widths {' '.join(options.widths)} is priced by what is foreseen, not searched: it "
+            "is for --importance reconstruction with --target, without --prune-num-heads and "
+            "--min-width"
         )
     if options.objective == "reconstruction":
         if has_to_search(options):

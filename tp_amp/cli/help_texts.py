@@ -15,7 +15,17 @@ IMPORTANCES = {
 # Those that take an objective, and whose backward pass is tp_amp's own.
 BY_OBJECTIVE = ("reconstruction", "entropy")
 OBJECTIVES = ("auto", "prediction", "similarity", "reconstruction")
+# As `running.runtimes` has them, which imports torch.
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 METHODS = ("none", "mean", "affine")
+# What --widths may name; with a target and reconstruction, all have one price.
+WIDTHS = {
+    "mlp": "hidden channels of MLPs",
+    "heads": "whole heads of attentions",
+    "qk": "channels of queries and keys inside heads",
+    "vo": "channels of values and the projection inside heads",
+    "stream": "channels of the residual stream",
+}
 
 MODEL = """\
 MODEL is one of

@@ -12,16 +12,20 @@ from torch import nn
 
 import tp_amp
 from tp_amp.budget.budget import Budget
+from tp_amp.budget.joint_widths import smallest
 from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.budget.target_plan import plan_within
+from tp_amp.budget.width_kinds import sites_of
 from tp_amp.cli.early_checks import has_to_search
 from tp_amp.cli.help_texts import BY_OBJECTIVE
 from tp_amp.importance.readiness import forget, make_ready
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.structure.attention.finding import listed
+from tp_amp.running.runtimes.building import EAGER, check_runtime
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.ranks.head_ranks import HeadRanks
 from tp_amp.structure.selection import matched, selected
+from tp_amp.structure.streams.residual_stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +62,15 @@ class Pruning:
 
     def __init__(self, model: nn.Module, inputs: Any, options: Namespace) -> None:
         self.model, self.inputs, self.options = model, inputs, options
+        check_runtime(options.runtime, model)
         self._structure = ModelStructure(model, inputs)
         self.sites = self._chosen()
         mlps = [site for site in self.sites if isinstance(site, MLP)]
-        check_narrowable(mlps, round_to=options.round_to, min_width=options.min_width)
+        check_narrowable(
+            mlps if options.prune_num_heads else self.sites,
+            round_to=options.round_to,
+            min_width=options.min_width,
+        )
         self._searched = has_to_search(options) or any(mlp.first for mlp in mlps)
         if self._searched and options.objective == "reconstruction":
             raise ValueError(
@@ -70,37 +79,39 @@ class Pruning:
             )
         self.budget: Budget | None = None
         if options.target is not None:
-            self.budget = Budget(options.target, self._structure, self.sites, options.round_to)
-            least = -(-options.min_width // options.round_to) * options.round_to
-            smallest = {site.down: min(site.width, least) for site in mlps}
-            heads = {site.down: 1 for site in self.sites if site not in mlps}
-            self.budget.check(smallest | heads)
+            self.budget = Budget(
+                options.target, self._structure, self.sites, options.round_to, options.runtime
+            )
+            streams = [site.down for site in self.sites if isinstance(site, Stream)]
+            self.budget.check(smallest(self.budget, streams) | self._smallest_mlps(mlps))
+
+    def _smallest_mlps(self, mlps: list[MLP]) -> dict[str, int]:
+        options = self.options
+        least = -(-options.min_width // options.round_to) * options.round_to
+        return {mlp.down: min(mlp.width, least) for mlp in mlps}
 
     def _chosen(self) -> list[Site]:
         model, options = self.model, self.options
-        every: list[Site] = [*self._structure.mlps]
-        if not every:
-            raise ValueError(
-                f"{options.model} has no MLP that can be cut; tp-amp inspect tells for each layer "
-                "why"
-            )
-        if options.prune_num_heads:
-            attentions, reasons = self._structure.attentions
-            if not attentions:
-                raise ValueError(
-                    f"no attention of {options.model} can lose heads: {listed(reasons)}"
-                )
-            every += attentions
+        kinds = [*options.widths, *(["heads"] if options.prune_num_heads else [])]
+        every = sites_of(self._structure, kinds)
         for argument, patterns in {"--ignore": options.ignore, "--only": options.only}.items():
             matched(model, patterns, argument)  # told by the names that were typed
         return selected(model, every, options.ignore, options.only)
 
     def foreseen(self, scoring: list[Any]) -> PruningPlan | None:
-        """The widths with the least foreseen loss; None where they have to be searched."""
+        """The widths with the least foreseen loss; None where they have to be searched.
+
+        Where channels of streams or inside heads may be cut, the model gets the coordinates for it.
+        """
         if self.budget is None or self._searched:
             return None
-        found = make_importance(self.options.importance, self.options)
-        importance = make_ready(found, self.model, scoring, layers=self._downs)
+        if any(isinstance(site, Stream) for site in self.sites):
+            tp_amp.rotate(self.model, self.inputs, scoring)
+        if any(isinstance(site, HeadRanks) for site in self.sites):
+            tp_amp.rotate_heads(self.model, self.inputs, scoring)
+        importance = make_importance(self.options.importance, self.options)
+        importance.data = scoring
+        importance.foreseen(self.model, self.sites, progress=True)
         return plan_within(self.budget, self._structure, self.sites, importance)
 
     def searching(self, scoring: list[Any], judging: list[Any]) -> tp_amp.AdaptiveMLPPruner:
@@ -117,6 +128,7 @@ class Pruning:
             compensation_data=scoring,
             ignored_layers=options.ignore,
             only_layers=options.only,
+            runtime=self._runtime,
             **{name: getattr(options, name) for name in further},
         )
 
@@ -142,6 +154,12 @@ class Pruning:
         return {"latency": self.budget.dense}, {"latency": self.budget.measured}
 
     @property
+    def _runtime(self) -> str:
+        """Where the target is measured; where the report is, if that is no latency."""
+        of_latency = self.budget is not None and self.budget.kind == "latency"
+        return str(self.options.runtime) if of_latency else EAGER
+
+    @property
     def _downs(self) -> list[str]:
         return [site.down for site in self.sites]
 
@@ -164,15 +182,3 @@ def _compensation(options: Namespace) -> dict[str, Any]:
         "objective": options.objective,
         "activation_checkpointing": options.refine > 0 and options.activation_checkpointing,
     }
-
-
-def composed(first: PruningPlan, second: PruningPlan) -> PruningPlan:
-    """The plan that cuts the dense model as two plans do, one after the other."""
-    keep = {name: list(kept) for name, kept in first.keep.items()}
-    for name, kept in second.keep.items():
-        keep[name] = [keep[name][i] for i in kept] if name in keep else list(kept)
-    return PruningPlan(
-        keep,
-        {**second.dense_widths, **first.dense_widths},
-        sites={**second.sites, **first.sites},
-    )

@@ -51,7 +51,7 @@ def error_costs(
         objective,
         outputs=refined,
         places=weighed,
-        skip_unused=True,
+        optional=[*refined, *weighed],
         activation_checkpointing=recipe.activation_checkpointing,
         progress=False,
     )
@@ -80,7 +80,7 @@ def cost_factor(cost: Tensor | None, outputs: int, scale: Tensor) -> Tensor:
     """A factor L by which an error e of a layer's output, times a scale, costs |e L|^2.
 
     Args:
-        cost: G of `output_sensitivity`, `(outputs, outputs)`; None for the same cost of all.
+        cost: G of `Sensitivity.outputs`, `(outputs, outputs)`; None for the same cost of all.
         outputs: of the layer.
         scale: what each output is multiplied by where the error is seen, `(outputs,)` or one.
 

@@ -14,6 +14,7 @@ from tp_amp.compensation.recipe import Recipe, TokenWeights, apply
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.error_objective import ErrorObjective
 from tp_amp.plan.applying import knows_sites, planned_sites
+from tp_amp.plan.coordinates import tell_other_coordinates
 from tp_amp.plan.cutting import cut_all, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
 from tp_amp.running.arguments import check_whole
@@ -52,7 +53,8 @@ def compensate(
 
     Args:
         model: the dense model.
-        plan: from `plan_from_importance`, `AdaptiveMLPPruner` or by hand; MLPs and heads.
+        plan: from `plan_for_target`, `plan_from_importance`, `AdaptiveMLPPruner`, `rank_plan`,
+            `stream_plan` or by hand; of MLPs, heads, channels inside them and residual streams.
         batches: unlabelled images in batches `(images, ...)`; labels in them are ignored.
         method: `"none"`, `"mean"` or `"affine"`.
         ridge: the least lambda, relative to the mean diagonal of the kept channels' covariance; it
@@ -122,6 +124,7 @@ def compensate(
         raise ValueError("there are no batches to fit the compensation on")
     structure = ModelStructure(model, one_image(prepare(opening[0], model)).raw())
     sites = planned_sites(structure, plan)
+    tell_other_coordinates(model, sites, plan.keep)
     batches = [*opening, *unread]
     fitted = fit(
         structure,

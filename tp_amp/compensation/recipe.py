@@ -129,6 +129,11 @@ def corrected(name: str, halves: Halves, recipe: Recipe, bias: bool) -> Correcti
     return best_correction(halves, recipe.method, bias=bias, ridge=recipe.ridge, name=name)
 
 
+def some(names: Sequence[str]) -> str:
+    """The first of some names, for one line."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def tell_few(names: Sequence[str]) -> None:
     """Warn, once for all layers, that they saw few tokens for their channels."""
     if names:
@@ -136,7 +141,19 @@ def tell_few(names: Sequence[str]) -> None:
             "the images are few: %d layers (%s) saw fewer than ten tokens for each kept channel, "
             "and were corrected by what errs least on images held out; more images keep more",
             len(names),
-            ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+            some(names),
+        )
+
+
+def tell_unrefined(names: Sequence[str], refined: int) -> None:
+    """Warn, once for all MLPs, that refining found nothing better for some."""
+    if names:
+        logger.warning(
+            "refining found nothing better than the closed form on images held out for %d of %d "
+            "MLPs (%s); try more images or fewer passes",
+            len(names),
+            refined,
+            some(names),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from tp_amp.compensation.token_steps import Batches, Example, Tokens, steps_on
 from tp_amp.running.distributed import add_up_named, of_each
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import watch
-
-logger = logging.getLogger(__name__)
 
 # The largest step, relative to a layer's root mean square weight and to its output's error.
 _RATE = 0.1
@@ -72,14 +69,7 @@ def refine_mlp(
 
     whole = spread(cost(example.weighed()) for example in examples)
     layers = {name: mlp.model.get_submodule(name) for name in mlp.names}
-    found = refine(layers, steps_on(run, cost, examples), whole, passes)
-    if not found:
-        logger.warning(
-            "%s: refining found nothing better than the closed form on images held out; try "
-            "more images or fewer passes",
-            mlp.down,
-        )
-    return found
+    return refine(layers, steps_on(run, cost, examples), whole, passes)
 
 
 def refine(

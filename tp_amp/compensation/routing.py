@@ -1,4 +1,4 @@
-"""Layers that read tokens which a router has chosen, as in mixtures of experts."""
+"""Layers that compensation can't correct: fed by a router, or called several times."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ def _rows(
             with _ChosenRows(model, image.tensors()) as chosen:
                 image.call(model)
     return counts, found
+
+
+def check_called_once(calls: Mapping[str, int]) -> None:
+    """Check that compensation can correct some of the layers that are cut.
+
+    Args:
+        calls: how often each of them is called in a forward pass.
+
+    Raises:
+        ValueError: each is called several times.
+    """
+    if calls and min(calls.values()) > 1:
+        raise ValueError(
+            "compensation corrects layers that are called once in a forward pass, and "
+            f"{', '.join(f'{name} is called {n} times' for name, n in calls.items())}; "
+            "ignored_layers leaves it whole, and apply_plan cuts it without compensation"
+        )
 
 
 class _ChosenRows(TorchDispatchMode):  # type: ignore[no-untyped-call]

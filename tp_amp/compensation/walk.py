@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from tp_amp.compensation.recipe import (
     corrected,
     given_weights,
     tell_few,
+    tell_unrefined,
     token_weights,
 )
 from tp_amp.compensation.refinement import PartOfMLP, refine_mlp
@@ -40,6 +42,7 @@ from tp_amp.structure.chain import Step
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
+from tp_amp.structure.streams.residual_stream import Stream
 
 
 @torch.no_grad()
@@ -86,10 +89,11 @@ def fit(
             # What the steps are called with besides the state may depend on the images' size.
             chain = [Step("")]
             if len(sizes) == 1:
-                chain = structure.chain(few, [site.name for site in sites])
+                chain = _chain(structure, few, sites)
             layers = layers_to_fit(graph, inputs[0], sites, keep, recipe)
         if not layers:
             return {}
+        chain = _over_all(chain, layers)
         refined = refined_layers(layers) if recipe.refine else []
         costs = error_costs(recipe, model, [x.name for x in layers], refined, inputs)
         with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
@@ -97,6 +101,7 @@ def fit(
             for step in bar(chain, description="compensation", progress=progress):
                 walk.take(step)
     tell_few(walk.few)
+    tell_unrefined(walk.unrefined, len(refined))
     return walk.corrections
 
 
@@ -140,25 +145,40 @@ class _Walk:
         self.refined, self.costs = refined, costs
         self.second = [in_second_half(images_alone(batch)) for batch in inputs]
         self.few: list[str] = []  # layers that saw few tokens
-        self.last = chain[-1]
+        self.unrefined: list[str] = []  # for which refining found nothing better
+        # Behind these no state is needed: the chain's last step, and the whole model.
+        self.ends = [chain[-1], *(before for before, after in pairwise(chain) if not after.name)]
         self.shelf = shelf
-        self.dense = [shelf.hold(_start(self.model, chain[0], batch)) for batch in inputs]
+        self._begin(chain[0])
+
+    def _begin(self, step: Step) -> None:
+        """What a step is called with, in the dense model and, where streams are cut, in the cut."""
+
+        def states() -> list[Held[Any]]:
+            return [self.shelf.hold(_start(self.model, step, batch)) for batch in self.batches]
+
+        self.dense = states()
         self.cut = list(self.dense)
+        if any(isinstance(site, Stream) for site in self.others) and step.name:
+            with self._cut([]):
+                self.cut = states()
 
     def take(self, step: Step) -> None:
-        """Fit the layers inside one step, and take all batches to the next."""
-        prefix = f"{step.name}." if step.name else ""
-        inside = [x for x in self.layers if x.name == step.name or x.name.startswith(prefix)]
-        for layer in inside:
+        """Fit the layers inside one step that are left to fit, and take all batches to the next."""
+        inside = [layer for layer in self.layers if _inside(layer, step)]
+        unfitted = [layer for layer in inside if layer.name not in self.corrections]
+        if not step.name and len(unfitted) < len(inside):  # what lies behind a chain
+            self._begin(step)
+        for layer in unfitted:
             spot = _Spot(layer, step, self._place(layer, step))
-            goes_on = layer is inside[-1] and step is not self.last
+            goes_on = layer is inside[-1] and step not in self.ends
             targets = self._targets(spot, goes_on)
             with self._cut(inside):
                 self.corrections[layer.name] = self._fit(spot, targets)
             if layer.name in self.refined:
                 with self._cut(inside):
                     self._refine(spot, targets)
-        if step is self.last:
+        if step in self.ends:
             return
         if not inside:
             self._go_on(self.dense, step)
@@ -171,12 +191,14 @@ class _Walk:
             states[batch] = self.shelf.hold(first_tensor(_inputs(step, state).call(module)))
 
     def _place(self, layer: Layer, step: Step) -> Place | None:
-        if layer.outputs is not None:
+        if layer.outputs is not None and not layer.writes:
             return None
         module = self.model.get_submodule(step.name)
         weights = partial(self._weights, layer, 0)
         inputs = _inputs(step, self.dense[0])
         found = find_place(module, self.model, layer.name, inputs, weights)
+        if found and layer.outputs is not None:
+            found = Place(found.name, found.scale[list(layer.outputs)])
         if not active():
             return found
         # Its scale is measured on a rank's own images: all ranks have to divide by the same.
@@ -245,7 +267,9 @@ class _Walk:
         if cost is not None and layer.outputs is not None:
             cost = cost[list(layer.outputs)][:, list(layer.outputs)]
         mlp = PartOfMLP(part, self.model, layer.name, names, scale, cost)
-        for name, added in refine_mlp(mlp, examples, self.recipe.refine).items():
+        better = refine_mlp(mlp, examples, self.recipe.refine)
+        self.unrefined += [] if better else [layer.name]
+        for name, added in better.items():
             self.corrections[name] = self.corrections[name].plus(added)
 
     @contextmanager
@@ -261,6 +285,28 @@ class _Walk:
                     first = layer.site.first if layer.site else 0
                     stack.enter_context(applied(module, self.corrections[layer.name], first))
             yield
+
+
+def _chain(structure: ModelStructure, few: Inputs, sites: Sequence[Site]) -> list[Step]:
+    """The steps of the walk; what reads a stream may lie behind them."""
+    streams = [site for site in sites if isinstance(site, Stream)]
+    readers = [name for stream in streams for name in stream.readers]
+    return structure.chain(few, [site.name for site in sites if site not in streams], readers)
+
+
+def _inside(layer: Layer, step: Step) -> bool:
+    return not step.name or f"{layer.name}.".startswith(f"{step.name}.")
+
+
+def _over_all(chain: list[Step], layers: Sequence[Layer]) -> list[Step]:
+    """The chain, and the whole model behind it for layers that lie there, as a head does.
+
+    What lies before the chain has to be fitted first: then there is the whole model alone.
+    """
+    inside = [any(_inside(layer, step) for step in chain) for layer in layers]
+    if all(inside):
+        return chain
+    return [*chain, Step("")] if inside == sorted(inside, reverse=True) else [Step("")]
 
 
 def _inputs(step: Step, state: Held[Any]) -> Inputs:

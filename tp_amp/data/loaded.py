@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_amp.plan.loading import build_dense
 from tp_amp.plan.pruning_plan import PruningPlan
+from tp_amp.sharing.dense_models import build_dense
 
 
 @dataclass

@@ -20,6 +20,7 @@ from tp_amp.data.hugging_face import (
 from tp_amp.data.loaded import Loaded, built, fetched
 from tp_amp.data.weights import load_weights
 from tp_amp.plan.file_names import PLAN, SOURCE
+from tp_amp.plan.hub import local_folder
 from tp_amp.plan.loading import create_model
 from tp_amp.plan.pruning_plan import PruningPlan
 
@@ -105,7 +106,7 @@ def load_teacher(
 
 
 def _saved(spec: str, further: Any) -> Loaded:
-    folder = Path(spec)
+    folder = local_folder(spec)
     if not (folder / SOURCE).is_file():
         raise ValueError(f"{spec} {_what_is_wrong(spec, folder)}; a model is {KINDS}")
     if further:
@@ -121,7 +122,7 @@ def _saved(spec: str, further: Any) -> Loaded:
         return Loaded(model, library, name, arguments, *_timm_transform(model, arguments), plan)
     if library == "open_clip":
         return Loaded(model, library, name, arguments, _open_clip_transform(model), plan=plan)
-    processor = image_processor(spec, model.config, {})
+    processor = image_processor(str(folder), model.config, {})
     transform, mode = processor_transform(processor), picture_mode(model.config)
     return Loaded(model, library, name, arguments, transform, mode, plan, processor)
 

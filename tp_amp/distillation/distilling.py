@@ -19,7 +19,8 @@ from tp_amp.importance.objectives import image_tower
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import prepare
-from tp_amp.running.restoring import eval_mode, evaluating, seeded
+from tp_amp.running.restoring import eval_mode, seeded
+from tp_amp.running.snapshot import given_back
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def distill(
             stack.enter_context(held(model, accelerator.device, masters=masters))
         # What the student's forward passes keep (statistics, say) is part of its training.
         stack.enter_context(eval_mode(pair[0], trainable=False))
-        stack.enter_context(evaluating(pair[1], trainable=False))
+        stack.enter_context(given_back(pair[1]))
+        stack.enter_context(eval_mode(pair[1], trainable=False))
         stack.enter_context(checkpointed(pair[0], checkpointing))
         if train == "lora":
             stack.enter_context(adapted(pair[0], trained, rank))

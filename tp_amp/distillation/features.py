@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, read_logits, similarity_logits, wide
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import evaluating, hooks, seeded, shapes_first
+from tp_amp.running.restoring import evaluating, hooks, shapes_first
 
 TERMS = ("cls", "tokens", "logits", "similarity")
 _CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})
@@ -98,7 +98,7 @@ def read_features(
         found = inputs.call(features)
         return features, {name: tuple(value.shape) for name, value in found.items()}
 
-    with torch.no_grad(), evaluating(model, trainable=False), seeded(0):
+    with torch.no_grad(), evaluating(model, trainable=False):
         return shapes_first(model, inputs, lambda given, _: read(given))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tp_amp.distillation.features import Features
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import evaluating, seeded, shapes_first
+from tp_amp.running.restoring import evaluating, shapes_first
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def used_parameters(features: Features, inputs: Inputs) -> set[str]:
         found = zip(parameters, gradients, strict=True)
         return {name for name, gradient in found if gradient is not None}
 
-    with torch.enable_grad(), evaluating(model, trainable=True), seeded(0):
+    with torch.enable_grad(), evaluating(model, trainable=True):
         return shapes_first(model, inputs, lambda given, _: used(given))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tp_amp.importance.objectives import ends_in_classifier, pooled_features, read_logits
 from tp_amp.running.inputs import Inputs, labels_of, prepare
-from tp_amp.structure.chain import all_tensors
+from tp_amp.running.watching import all_tensors
 from tp_amp.structure.observing import observing
 
 Metric = Callable[[nn.Module], float]

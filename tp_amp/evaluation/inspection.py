@@ -16,6 +16,7 @@ from tp_amp.structure.macs import macs_of
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.residual import outside_blocks
+from tp_amp.structure.streams.residual_stream import Stream
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Share:
 
     parameters: float
     macs: float
+
+
+# Lines of one section at most, where there may be very many.
+_MOST = 6
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Inspection:
             holds experts in tensors of three dimensions -> why.
         outside_blocks: `down` of each MLP whose output is not added to what it reads: hidden layers
             of heads (boxes, masks), of embeddings and of projections.
+        streams: the residual streams that may be rotated by their structure; `rotate` proves each
+            on a copy, which takes time and memory, and tells which can be cut.
+        kept_streams: what writes another one first -> why it keeps its coordinates.
         shares: `"total"`, and what of it is in `"MLPs"`, `"attention"` and `"rest"`.
 
     Example:
@@ -58,6 +66,8 @@ class Inspection:
     kept_layers: dict[str, str] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
     outside_blocks: list[str] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    kept_streams: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = self.shares["total"]
@@ -80,6 +90,14 @@ class Inspection:
             [(down, f"ignored_layers=[{down!r}] leaves it out") for down in self.outside_blocks],
         )
         lines += _section("attentions that keep all heads", self.kept_attentions.items())
+        lines += _section(
+            "residual streams that may be rotated",
+            [(stream.name, _of_stream(stream)) for stream in self.streams],
+        )
+        stay = _section("residual streams that stay as they are", self.kept_streams.items())
+        lines += stay[:_MOST]
+        if len(stay) > _MOST:  # a detector's decoder has a number of them in each block
+            lines.append(f"  and {len(stay) - _MOST} lines more, see kept_streams")
         others = [  # an attention's own layers were told with it
             (name, reason)
             for name, reason in self.kept_layers.items()
@@ -120,15 +138,17 @@ def inspect(
           blocks.0.mlp: 768 channels, fc1 -> fc2
         attentions that can lose heads: 1
           blocks.0.attn: 3 heads, qkv -> proj
+        residual streams that may be rotated: 1
+          patch_embed.proj: 192 channels, read through 3 norms
         Linears in no group, which stay whole: 1
           head: no layer reads its channels
     """
-    structure = ModelStructure(model, example_inputs, forward_fn, num_heads=num_heads)
+    structure = ModelStructure(model, example_inputs, forward_fn, num_heads=num_heads, tell=False)
     mlps, (attentions, kept_attentions) = structure.mlps, structure.attentions
     sites: list[Site] = [*mlps, *attentions]
     in_group = {name for site in sites for name in (*site.up, site.down)}
     kept_layers = {
-        name: structure.reasons.get(module, "it is not called as a module on the example inputs")
+        name: structure.reasons.get(module) or _unread(module, structure)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in in_group
     }
@@ -149,7 +169,17 @@ def inspect(
         kept_layers,
         shares,
         outside_blocks(model, mlps, structure.traced),
+        *structure.possible_streams,
     )
+
+
+def _unread(module: nn.Module, structure: ModelStructure) -> str:
+    """Why nothing is known of a layer that the traced graph does not hold."""
+    if module not in structure.traced.calls:
+        return "it is not called as a module on the example inputs"
+    if not structure.traced.with_values()[module].output.requires_grad:
+        return "the model calls it without gradients (torch.no_grad, detach), which tracing needs"
+    return "what the model gives on the example inputs does not depend on it"
 
 
 def _experts(module: nn.Module) -> int:
@@ -214,6 +244,12 @@ def _describe(site: MLP | Attention) -> str:
     inner = [name.removeprefix(path) for name in site.inner]
     layers = " -> ".join([" + ".join(up), *inner, site.down.removeprefix(path)])
     return f"{site.width} {site.units}, {layers}"
+
+
+def _of_stream(stream: Stream) -> str:
+    count = len(stream.norms)
+    norms = f"{count} norm{'s' * (count != 1)}" if count else "no norm"
+    return f"{stream.width} channels, read through {norms}"
 
 
 def _section(title: str, texts: Iterable[tuple[str, str]]) -> list[str]:

@@ -13,23 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.evaluation.fidelity import output_reader
+from tp_amp.evaluation.profiling import profiled
 from tp_amp.importance.objectives import ends_in_classifier, read_logits
 from tp_amp.reports.numbers import Measurement
 from tp_amp.running.arguments import check_whole
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checks import check_model
-from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.inputs import Inputs, of_size
+from tp_amp.running.restoring import evaluating
+from tp_amp.running.runtimes.building import EAGER, Built, build, check_runtime
 from tp_amp.running.timing import seconds
 from tp_amp.structure.macs import macs_of
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 3  # runs that are not timed
+WARM_UP = 3  # runs that are not timed; in PyTorch two of them are those of the profile
+_PROFILE = 2  # runs, of which the first is not looked at
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Any], *, repeats: int = 10, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    repeats: int = 10,
+    runtime: str = EAGER,
+    batch_sizes: Sequence[int] = (),
+    progress: bool = True,
 ) -> Measurement:
     """Measure a model's parameters, MACs, speed and, given labels, accuracy; it is left as it was.
 
@@ -42,12 +51,19 @@ def measure(
         batches: images as for the importances; labels are read where a batch is `(images, labels)`
             or a dict with `labels`, as integers `(images,)`.
         repeats: forward passes that are timed.
+        runtime: what the speed is measured in: `"eager"` (PyTorch), `"compile"` (torch.compile),
+            `"onnxruntime"` (needs `tp-amp[export]`) or `"openvino"` (needs `tp-amp[openvino]`),
+            with as many threads as PyTorch has. All else is measured in PyTorch.
+        batch_sizes: further ones that the speed is measured at, such as `(1, 8, 64)`, with the
+            images of the first batch over and over.
         progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: there is no batch, the model fails on one, it is on the meta device, `repeats`
-            is less than one, or a label is none of the model's classes.
+            is less than one, a label is none of the model's classes, or the runtime is unknown,
+            can't run the model on its device or in its dtype, or fails on it.
         TypeError: the batches are of a type that can't be read.
+        ImportError: the runtime is not installed.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -57,7 +73,7 @@ def measure(
         >>> measured.parameters, measured.macs, measured.labelled_images
         (632842, 130952448.0, 2)
     """
-    return _measure([model], batches, repeats, progress)[0]
+    return _measure([model], batches, repeats, runtime, batch_sizes, progress)[0]
 
 
 def measure_both(
@@ -66,6 +82,8 @@ def measure_both(
     batches: Iterable[Any],
     *,
     repeats: int = 10,
+    runtime: str = EAGER,
+    batch_sizes: Sequence[int] = (),
     progress: bool = True,
 ) -> tuple[Measurement, Measurement]:
     """Measure two models that take turns, so that other load on the machine slows both alike.
@@ -77,11 +95,14 @@ def measure_both(
         after: the pruned model, on the same device and in the same dtype.
         batches: as for `measure`.
         repeats: forward passes of each that are timed.
+        runtime: as for `measure`.
+        batch_sizes: as for `measure`.
         progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: as `measure`, or the models are on two devices or of two dtypes.
         TypeError: the batches are of a type that can't be read.
+        ImportError: the runtime is not installed.
 
     Example:
         >>> import copy, timm, torch, tp_amp
@@ -94,28 +115,40 @@ def measure_both(
         >>> report.before.parameters - report.after.parameters
         147840
     """
-    first, second = _measure([before, after], batches, repeats, progress)
+    first, second = _measure([before, after], batches, repeats, runtime, batch_sizes, progress)
     return first, second
 
 
 @torch.no_grad()
 def _measure(
-    models: Sequence[nn.Module], batches: Iterable[Any], repeats: int, progress: bool
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    repeats: int,
+    runtime: str,
+    batch_sizes: Sequence[int],
+    progress: bool,
 ) -> list[Measurement]:
     check_whole(repeats=repeats)
+    for size in batch_sizes:
+        check_whole(batch_sizes=size)
     for model in models:
         check_model(model)
+        check_runtime(runtime, model)
     check_batches(batches)
     weight = _like(models)
     unknown: list[float | None] = [None] * len(models)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model, trainable=False))
-        stack.enter_context(seeded(0))
         rest = stream(batches, models[0], description="measuring", progress=progress)
         first = next(rest)
         macs = [macs_of(model, first)[""] / first.images for model in models]
-        speeds = _speeds(models, first, weight.device, repeats)
+        profiles = _profiles(models, first, weight.device)
+        built = [build(model, first, runtime) for model in models]
+        warm_up = WARM_UP - _PROFILE if runtime == EAGER else WARM_UP
+        speeds = _speeds(built, first, weight.device, repeats, warm_up)
+        exported = [_of_export(each) for each in built]
+        further = _at_sizes(models, first, weight.device, repeats, runtime, batch_sizes)
         accuracies, labelled = _accuracies(models, first, rest)
         cosines = _cosines(models, first, rest) if accuracies[0] is None else unknown
     return [
@@ -131,6 +164,11 @@ def _measure(
             accuracy=accuracies[i],
             labelled_images=labelled,
             cosine=cosines[i],
+            runtime=runtime,
+            activations=profiles[i][0],
+            outside_linears=profiles[i][1],
+            speeds=further[i],
+            **exported[i],
         )
         for i, model in enumerate(models)
     ]
@@ -148,15 +186,55 @@ def _like(models: Sequence[nn.Module]) -> Tensor:
     return weights[0]
 
 
+def _profiles(
+    models: Sequence[nn.Module], inputs: Inputs, device: torch.device
+) -> list[tuple[int | None, float | None]]:
+    """Of each model the bytes of its activations and the share of its time outside Linears."""
+    for _ in range(_PROFILE - 1):
+        for model in models:
+            inputs.call(model)
+    return [profiled(model, inputs, device) for model in models]
+
+
 def _speeds(
-    models: Sequence[nn.Module], inputs: Inputs, device: torch.device, repeats: int
+    built: Sequence[Built], inputs: Inputs, device: torch.device, repeats: int, warm_up: int
 ) -> list[list[float]]:
     """Images per second of each model: lower quartile, median and upper quartile."""
-    speeds: list[list[float]] = [[] for _ in models]
-    for _ in range(WARM_UP + repeats):
-        for model, found in zip(models, speeds, strict=True):
-            found.append(inputs.images / seconds(model, inputs, device))
-    return [numpy.quantile(found[WARM_UP:], (0.25, 0.5, 0.75)).tolist() for found in speeds]
+    speeds: list[list[float]] = [[] for _ in built]
+    for _ in range(warm_up + repeats):
+        for each, found in zip(built, speeds, strict=True):
+            found.append(inputs.images / seconds(each.run, inputs, device))
+    return [numpy.quantile(found[warm_up:], (0.25, 0.5, 0.75)).tolist() for found in speeds]
+
+
+def _of_export(built: Built) -> dict[str, int]:
+    """What a measurement tells of the exported graph, if there is one."""
+    if built.exported is None:
+        return {}
+    found = built.exported()
+    return {
+        "exported_parameters": found.parameters,
+        "attentions": found.attentions,
+        "fused_attentions": found.fused,
+    }
+
+
+def _at_sizes(
+    models: Sequence[nn.Module],
+    first: Inputs,
+    device: torch.device,
+    repeats: int,
+    runtime: str,
+    sizes: Sequence[int],
+) -> list[tuple[tuple[int, float], ...]]:
+    """Of each model the images per second at each batch size, medians."""
+    found: list[list[tuple[int, float]]] = [[] for _ in models]
+    for size in sizes:
+        inputs = of_size(first, size)
+        built = [build(model, inputs, runtime) for model in models]
+        for speeds, rows in zip(_speeds(built, inputs, device, repeats, 1), found, strict=True):
+            rows.append((size, speeds[1]))
+    return [tuple(rows) for rows in found]
 
 
 def _accuracies(

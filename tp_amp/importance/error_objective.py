@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from tp_amp.running.restoring import seeded
 from tp_amp.structure.observing import observing
 
 logger = logging.getLogger(__name__)
+
+_PREDICTIONS = re.compile("logits|pred|boxes|masks|reconstruction")
 
 # A name of an objective, a callable, or None for "reconstruction".
 ErrorObjective = str | Callable[[Any], Tensor] | None
@@ -44,6 +47,12 @@ def error_objective(objective: ErrorObjective, temperature: float = 1 / 15) -> O
         raise
 
 
+def predictions(output: Any) -> list[str]:
+    """Names of what a model gives beside features: boxes, masks, depth and the like."""
+    names = output.keys() if isinstance(output, Mapping) else ()
+    return [name for name in names if _PREDICTIONS.search(name)]
+
+
 def readable(
     objective: Objective | None, model: nn.Module, batches: Iterable[Any]
 ) -> Objective | None:
@@ -63,6 +72,8 @@ def readable(
         few = one_image(first, 2)
         resolved = objective.resolve(model, few)
         try:
+            if resolved.kind == "similarity" and (given := predictions(few.call(model))):
+                raise TypeError(f"it gives {', '.join(given)} too")
             resolved(model, few)
         except TypeError as error:
             logger.warning(

@@ -17,9 +17,6 @@ from tp_amp.running.padding import images_alone, valid_tokens
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.observing import observing
 
-# Covariances of all layers at once may take that many bytes; more are collected in turns.
-_BYTES = 2**30
-
 
 def hidden_moments(
     model: nn.Module,
@@ -77,17 +74,3 @@ def narrowing_layers(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     ):
         next(stream(batches, model, description="first batch", progress=False)).call(model)
     return list(dict.fromkeys(called))
-
-
-def in_turns(widths: list[tuple[str, int]]) -> list[list[str]]:
-    """Layers whose covariances fit into the memory together."""
-    parts: list[list[str]] = []
-    used = 0
-    for name, width in widths:
-        size = 2 * 8 * width**2  # of both halves
-        if not parts or used + size > _BYTES:
-            parts.append([])
-            used = 0
-        parts[-1].append(name)
-        used += size
-    return parts

@@ -213,7 +213,7 @@ def mean_objective(
 
 def resolve_on(objective: Objective, model: nn.Module, batches: Iterable[Any]) -> Objective:
     """Return the objective that `auto` stands for, by the model's output on the first batch."""
-    with torch.no_grad(), evaluating(model, trainable=False), seeded(0):
+    with torch.no_grad(), evaluating(model, trainable=False):
         first = next(stream(batches, model, description="first batch", progress=False))
         return objective.resolve(model, first)
 
@@ -254,7 +254,14 @@ def pooled_features(model: nn.Module, inputs: Inputs) -> Tensor:
             inputs.call(lambda *a, **k: head_forward(trunk_forward(*a, **k), pre_logits=True))
         )
     with _without_projection(model):
-        return _vector(inputs.call(model))
+        features = _vector(inputs.call(model))
+    if len(features) != inputs.images:
+        raise TypeError(
+            f"the similarity objective needs features (images, features), the model returned "
+            f"{_describe(features)} for {inputs.images} images; pass objective=a callable that "
+            "reads this output"
+        )
+    return features
 
 
 def image_tower(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,56 +11,21 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_amp.algebra.falling_gains import falling_gains
-from tp_amp.algebra.held_out import foreseen_errors
-from tp_amp.algebra.pivoting import gain_pivots
+from tp_amp.algebra.pivoting import reconstruction_order
 from tp_amp.importance.error_objective import ErrorObjective, error_objective, readable
-from tp_amp.importance.hidden_moments import hidden_moments, in_turns, narrowing_layers
-from tp_amp.importance.objectives import Objective
-from tp_amp.importance.sensitivity import output_sensitivity
+from tp_amp.importance.hidden_moments import narrowing_layers
+from tp_amp.importance.other_widths.attention_errors import Foreseen
+from tp_amp.importance.other_widths.other_errors import Gathering, OtherErrors
+from tp_amp.importance.seen_layers import SeenLayer, in_turns, seen_layers
 from tp_amp.running.arguments import check_flags, check_names
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.fingerprints import Fingerprint
 from tp_amp.structure.groups import group_layers, keeps_ties
+from tp_amp.structure.mlps import MLP
+from tp_amp.structure.model_structure import Site
 
 logger = logging.getLogger(__name__)
-
-
-def reconstruction_order(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Order neurons so that each next one removes most of the output error that is left.
-
-    `y = W h` with covariance `C` of `h`. With the kept set `S`, the best affine reconstruction of
-    the rest leaves the error `tr(W R W^T)`, `R = C - C_:S C_SS^-1 C_S:`. Taking neuron `j` as well
-    lowers it by `|W R_:j|^2 / R_jj`. That is a Cholesky factorisation of `C` whose pivot is the
-    neuron with the largest gain, made in panels of 64 pivots. Of gains that agree to twelve digits
-    the lower index comes first. Beside its arguments it takes about three matrices of `C`'s size.
-
-    Args:
-        covariance: of the hidden activation, `(hidden, hidden)`.
-        weight: of the layer that reads it, `(outputs, hidden)`.
-
-    Returns:
-        The neurons, the best first, `(hidden,)`; those that add nothing last, by index. And the
-        mean squared error of the output with the first 0, 1, ... kept, `(hidden + 1,)`.
-
-    Example:
-        >>> import torch, tp_amp
-        >>> covariance = torch.diag(torch.tensor([1.0, 4.0]))
-        >>> order, errors = tp_amp.reconstruction_order(covariance, torch.eye(2))
-        >>> order.tolist(), errors.tolist()
-        ([1, 0], [5.0, 1.0, 0.0])
-    """
-    covariance, weight = covariance.double(), weight.to(covariance.device).double()
-    product = covariance @ weight.T
-    error = (product * weight.T).sum()
-    first, gains = gain_pivots(covariance, product)
-    rest = torch.ones(len(covariance), dtype=torch.bool, device=first.device)
-    rest[first] = False
-    falls = gains.new_zeros(len(covariance) + 1)
-    falls[0], falls[1 : len(gains) + 1] = error, -gains
-    # A sum that is made in parallel may rise by rounding.
-    errors = falls.cumsum(0).cummin(0).values.clamp_min(0)
-    return torch.cat([first, rest.nonzero().flatten()]).cpu(), errors
 
 
 class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -68,7 +33,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
 
     The companion of `compensation="affine"`: greedily keeps the neurons that leave the smallest
     error once the rest is rebuilt from them. An error counts by what it costs the model's
-    predictions (`output_sensitivity`), so errors of different layers are in the same unit, nats
+    predictions (`Sensitivity.outputs`), so errors of different layers are in the same unit, nats
     for each image. The score is the loss that a channel takes away when those picked before it are
     kept (`falling_gains`), so that the global ranking of `tp.pruner.MetaPruner` cuts where least is
     foreseen to be lost; within a layer the first pick is highest. Made for MLPs and attention
@@ -122,6 +87,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         self.orders: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
         self._seen: dict[str, Fingerprint] = {}
+        self._others = OtherErrors()
 
     @torch.no_grad()
     def collect(
@@ -152,60 +118,92 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         if layers is not None:
             check_names(layers)
         named = dict(model.named_modules())
-        chosen = layers is None
-        if layers is None:
-            layers = narrowing_layers(model, batches)
+        optional = [] if layers is not None else narrowing_layers(model, batches)
+        layers = optional if layers is None else list(layers)
         wrong = [n for n in layers if not _is_projection(named.get(n))]
         if wrong:
             raise ValueError(f"{wrong} are no Linears or 1x1 convolutions of the model")
-        parts = in_turns([(name, _inputs(named[name])) for name in layers])
-        check_batches(batches, repeatable=len(parts) > 1 or self.objective is not None)
-        objective = readable(self.objective, model, batches)
-        for part in parts:
-            moments = hidden_moments(model, part, batches, progress=progress)
-            roots = self._roots(objective, model, part, batches, chosen, progress)
-            for name in part if objective is None else roots:
-                weight: Any = named[name].weight
-                seen = weight.flatten(1).double()
-                seen = roots[name] @ seen if name in roots else seen
-                order, errors = reconstruction_order(moments[name].whole.inputs, seen)
-                errors = foreseen_errors(errors, order, moments[name], seen)
-                self.orders[name] = order
-                self.errors[name] = (errors / 2 if name in roots else errors).cpu()
-                self._seen[name] = Fingerprint([weight])
+        several = len(in_turns(model, layers)) > 1 or self.objective is not None
+        check_batches(batches, repeatable=several)
+        self._collect(model, layers, batches, Gathering([]), optional, progress)
         return self
 
-    def _roots(
+    def _collect(
         self,
-        objective: Objective | None,
         model: nn.Module,
-        layers: list[str],
+        layers: Collection[str],
         batches: Iterable[Any],
-        skip_unused: bool,
+        others: Gathering,
+        optional: Collection[str],
         progress: bool,
-    ) -> dict[str, Tensor]:
-        """Square roots of the sensitivities, so that |root @ error|^2 counts in nats."""
-        if objective is None:
-            return {}
-        found = output_sensitivity(
+    ) -> None:
+        """Order the inputs of some layers; let others be gathered in the same passes."""
+        objective = readable(self.objective, model, batches)
+        if others.products and objective is None:
+            raise ValueError(
+                f"what queries and keys lose ({next(iter(others.products))}) is told by gradients "
+                'alone; pass ReconstructionImportance(objective=...), or leave "qk" out of the '
+                "widths"
+            )
+        for name, seen in seen_layers(
             model,
-            layers,
+            dict.fromkeys([*layers, *others.layers]),
             batches,
             objective,
-            skip_unused=skip_unused,
+            products=others.products,
+            optional=[*optional, *others.optional],
             activation_checkpointing=self._recompute,
             progress=progress,
-        )
-        roots = {}
-        for name, matrix in found.items():
-            values, vectors = torch.linalg.eigh(matrix)
-            roots[name] = (vectors * values.clamp_min(0).sqrt()).T
-        return roots
+        ):
+            if isinstance(seen, SeenLayer) and name in layers:
+                order, errors = reconstruction_order(seen.covariance, seen.weight)
+                weight: Any = model.get_submodule(name).weight
+                self.orders[name], self.errors[name] = order, seen.foreseen(errors, order)
+                self._seen[name] = Fingerprint([weight])
+            others.take(name, seen)
 
     def knows(self, name: str, layer: nn.Module) -> bool:
         """Whether a layer was collected with the weight that it has now, be it in another copy."""
         weight: Any = layer.weight
         return name in self._seen and self._seen[name].fits([weight])
+
+    @torch.no_grad()
+    def foreseen(
+        self, model: nn.Module, sites: Sequence[Site], *, progress: bool = False
+    ) -> dict[str, Foreseen]:
+        """What each width of MLPs, of attentions and of residual streams is foreseen to lose.
+
+        What was not seen with the present weights is collected on `data`, all in the same passes.
+
+        Args:
+            model: left as it was.
+            sites: all of different `down`.
+            progress: show a progress bar on a terminal.
+
+        Returns:
+            `down` -> order and errors.
+
+        Raises:
+            ValueError: something was not seen and there is no `data`, or as `collect`.
+        """
+        others = [site for site in sites if not isinstance(site, MLP)]
+        mlps = [site.down for site in sites if isinstance(site, MLP)]
+        layers = [name for name in mlps if not self.knows(name, model.get_submodule(name))]
+        missing = self._others.missing(model, others)
+        unseen = [*layers, *(site.down for site in missing)]
+        if unseen and self.data is None:
+            collect = "call importance.collect(model, batches, layers=...) or " if layers else ""
+            raise ValueError(
+                f"the importance has not seen {unseen}, or not with these weights; {collect}pass "
+                "data="
+            )
+        if unseen and self.data is not None:
+            gathering = Gathering(missing)
+            self._collect(model, layers, self.data, gathering, (), progress)
+            for site, found in gathering.found().items():
+                self._others[site] = model, found
+        known = {name: Foreseen(self.orders[name], self.errors[name]) for name in mlps}
+        return known | {site.down: self._others[site] for site in others}
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,102 +32,25 @@ _UNSURE = 0.1
 class Sensitivity:
     """What errors of layers cost, from one backward pass over the images.
 
+    Images are few, so means over them are drawn to their diagonal by what they vary
+    (`SampleMoments`): else errors in directions that no image asked for would cost nothing.
+
     Attributes:
-        outputs: module path -> G as of `output_sensitivity`.
-        places: module path -> weights as of `place_sensitivity`.
+        outputs: module path -> G, the mean over images of the sum over tokens of `g g^T`, g the
+            gradient at the output, `(outputs, outputs)` in float64. `1/2 tr(G E)` is how many nats
+            an error of the output with second moment E costs, to second order.
+        places: module path -> how much errors cost at each place of an image, relative to all its
+            places, `(places,)`: half of it the mean over images of the squared gradient, half the
+            same everywhere, for what only a class token is fitted to is fitted to few tokens. Left
+            out is what has no images first, or not the same places on all batches.
+        products: module path -> the mean over images of the sum over tokens of `p p^T`, with
+            `p = output * gradient`. Half the sum of its entries over some outputs is how many nats
+            it costs, to second order, if they are nought.
     """
 
     outputs: dict[str, Tensor]
     places: dict[str, Tensor]
-
-
-def output_sensitivity(
-    model: nn.Module,
-    layers: Collection[str],
-    batches: Iterable[Any],
-    objective: Objective,
-    *,
-    skip_unused: bool = False,
-    activation_checkpointing: bool = False,
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Mean over images, of all ranks, of the sum over tokens of g g^T, g a layer's gradient.
-
-    Images are few, so the mean is drawn to its diagonal by what it varies (`SampleMoments`):
-    else errors in directions that no image asked for would cost nothing.
-
-    The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
-    model's own softmax p (of its logits, or of the similarities of a batch), and one time in ten
-    from all classes alike. So 1/2 tr(G E) is how many nats an error of the output with second
-    moment E costs, to second order, and not nothing where the model is certain. For a callable
-    objective it is its own gradient.
-
-    Args:
-        model: left as it was.
-        layers: module paths of Linears or convolutions.
-        batches: unlabelled images.
-        objective: what the model is for.
-        skip_unused: leave out layers that the objective does not depend on.
-        activation_checkpointing: as for `EntropyTaylorImportance`.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        Module path -> G, `(outputs, outputs)` in float64.
-
-    Raises:
-        ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
-            has no blocks one after another for `activation_checkpointing`.
-    """
-    found = sensitivity(
-        model,
-        batches,
-        objective,
-        outputs=layers,
-        skip_unused=skip_unused,
-        activation_checkpointing=activation_checkpointing,
-        progress=progress,
-    )
-    return found.outputs
-
-
-def place_sensitivity(
-    model: nn.Module,
-    layers: Collection[str],
-    batches: Iterable[Any],
-    objective: Objective,
-    *,
-    activation_checkpointing: bool = False,
-) -> dict[str, Tensor]:
-    """How much errors of layers cost at each place of an image, relative to all its places.
-
-    The squared gradient of `output_sensitivity`, as its mean over the images of all ranks: that of
-    a single token of one image, of one drawn label, tells little. Half of all weight is dealt by it
-    and half to all places alike: what only a class token is fitted to is fitted to few tokens.
-
-    Args:
-        model: left as it was.
-        layers: module paths of Linears or convolutions.
-        batches: unlabelled images.
-        objective: what the model is for.
-        activation_checkpointing: as for `EntropyTaylorImportance`.
-
-    Returns:
-        Module path -> `(places,)`. Layers on which the objective does not depend are left out, and
-        those whose outputs have no images first, or not the same places on all batches.
-
-    Raises:
-        ValueError: a gradient is not finite, or the model has no blocks one after another for
-            `activation_checkpointing`.
-    """
-    found = sensitivity(
-        model,
-        batches,
-        objective,
-        places=layers,
-        activation_checkpointing=activation_checkpointing,
-        progress=False,
-    )
-    return found.places
+    products: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sensitivity(
@@ -136,36 +60,70 @@ def sensitivity(
     *,
     outputs: Collection[str] = (),
     places: Collection[str] = (),
-    skip_unused: bool = False,
+    products: Mapping[str, slice] = MappingProxyType({}),
+    optional: Collection[str] = (),
     activation_checkpointing: bool = False,
     progress: bool = True,
 ) -> Sensitivity:
-    """`output_sensitivity` of some layers and `place_sensitivity` of some, in one pass."""
-    layers = list(dict.fromkeys([*outputs, *places]))
-    optional = set(layers) if skip_unused else set(layers) - set(outputs)
+    """What errors of layers cost, by their gradients over the images of all ranks.
+
+    The gradient is taken at the layer's output; it is that of -log p(y) with y drawn from the
+    model's own softmax p (of its logits, or of the similarities of a batch), and one time in ten
+    from all classes alike. So an error is not free where the model is certain. For a callable
+    objective it is its own gradient.
+
+    Args:
+        model: left as it was.
+        batches: unlabelled images; read once.
+        objective: what the model is for.
+        outputs: module paths of Linears or convolutions.
+        places: the same.
+        products: module path -> which of its outputs.
+        optional: those of all these that the objective need not depend on; they are then left out.
+        activation_checkpointing: as for `EntropyTaylorImportance`.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
+            has no blocks one after another for `activation_checkpointing`.
+    """
+    layers = list(dict.fromkeys([*outputs, *places, *products]))
+    optional = set(layers) - ({*outputs, *products} - {*optional})
     resolved = resolve_on(objective, model, batches)
     moments: dict[str, SampleMoments] = {}
+    taylor: dict[str, SampleMoments] = {}
     sums = PlaceGradients()
     images = 0
     with together("sensitivity"), observing(model, gradients=True), ExitStack() as stack:
         own = stream(batches, model, description="sensitivity", progress=progress)
         for turn in recomputed(in_turns(own), model, stack, wanted=activation_checkpointing):
             count = turn.inputs.images if turn.inputs else 0
-            for name, gradient in _gradients(model, layers, turn, resolved, optional).items():
-                rows = _rows(model.get_submodule(name), gradient)
+            found = _gradients(model, layers, turn, resolved, optional)
+            for name, (output, gradient) in found.items():
+                layer = model.get_submodule(name)
+                rows = _rows(layer, gradient)
                 if name in outputs:
                     moments.setdefault(name, SampleMoments()).add(rows, count)
+                if name in products:
+                    terms = (rows * _rows(layer, output))[:, products[name]]
+                    taylor.setdefault(name, SampleMoments()).add(terms, count)
                 if name in places:
-                    sums.add(name, rows, count if len(gradient) % count == 0 else 0)
+                    # Some models put all images into one row of tokens.
+                    first = len(rows) if len(gradient) == 1 else len(gradient)
+                    sums.add(name, rows, count if first % count == 0 else 0)
             images += turn.images
-        # One by one: all at once would take much memory.
-        for name, found in moments.items():
-            added = {"total": found.total, "squares": found.squares}
-            added = add_up_named(f"the sensitivity of {name}", added)
-            found.total, found.squares, found.count = added["total"], added["squares"], images
+        costs, terms_of = (_means(kind, images) for kind in (moments, taylor))
+    return Sensitivity(costs, sums.weights() if places else {}, terms_of)
+
+
+def _means(moments: Mapping[str, SampleMoments], images: int) -> dict[str, Tensor]:
+    """The means over so many images, of all ranks."""
+    for name, found in moments.items():  # one by one: all at once would take much memory
+        added = {"total": found.total, "squares": found.squares}
+        added = add_up_named(f"the sensitivity of {name}", added)
+        found.total, found.squares, found.count = added["total"], added["squares"], images
     check_finite_gradients({name: found.total for name, found in moments.items()})
-    costs = {name: found.shrunk() for name, found in moments.items()}
-    return Sensitivity(costs, sums.weights() if places else {})
+    return {name: found.shrunk() for name, found in moments.items()}
 
 
 def _gradients(
@@ -174,8 +132,8 @@ def _gradients(
     turn: Turn,
     objective: Objective,
     optional: Collection[str],
-) -> dict[str, Tensor]:
-    """The gradients at the outputs of some layers, as these are; some may have none."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The outputs of some layers and the gradients there, as these are; some may have none."""
     outputs: dict[str, Tensor] = {}
     first_run = True
 
@@ -195,7 +153,9 @@ def _gradients(
             return {}
         first_run = False
         missing = [name for name in layers if name not in outputs]
-        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(outputs)
+        if loss.requires_grad:  # else it depends on none of them
+            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
     missing += [name for name, gradient in found.items() if gradient is None]
     missing = [name for name in missing if name not in optional]
@@ -205,7 +165,9 @@ def _gradients(
             "boxes or masks; leave them out: ignored_layers=[model.get_submodule(name) for name "
             f"in {missing}], or take an objective that reads what they give"
         )
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+    return {
+        name: (outputs[name], gradient) for name, gradient in found.items() if gradient is not None
+    }
 
 
 def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:

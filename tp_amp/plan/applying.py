@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from tp_amp.plan.coordinates import tell_other_coordinates
 from tp_amp.plan.cutting import check_fits, cut_all, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.ties import shared_parameters, told_apart
@@ -60,6 +61,7 @@ def apply_plan(model: nn.Module, *arguments: Any, **named: Any) -> None:  # noqa
         )
     structure = ModelStructure(model, () if example_inputs is None else example_inputs)
     sites = planned_sites(structure, plan)
+    tell_other_coordinates(model, sites, plan.keep)
     with undone_after_errors(model):
         cut_all(structure.graph, sites, plan.keep)
     plan.sites.update(sites)
@@ -105,7 +107,12 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
                 f"{down} has {site.width} {site.units}, the plan was made for "
                 f"{plan.dense_widths[down]}; apply it to the dense model"
             )
-        if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= site.width:
+        if not kept:
+            raise ValueError(
+                f"the plan keeps no {site.units} of {down}; one at least has to stay, as no whole "
+                "MLP or attention is removed"
+            )
+        if len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= site.width:
             raise ValueError(
                 f"the plan's kept {site.units} of {down} must be distinct and within "
                 f"0..{site.width - 1}"

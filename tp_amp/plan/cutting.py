@@ -18,18 +18,29 @@ from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.nodes import outputs
 from tp_amp.structure.ranks.head_ranks import HeadRanks, rank_group
+from tp_amp.structure.streams.residual_stream import Stream
+from tp_amp.structure.streams.stream_cuts import held, stream_group
 
 
 def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
     """Make Torch-Pruning's group of some hidden channels of an MLP, or heads of an attention.
 
-    Or of some channels of each of its heads.
+    Or of some channels of each of its heads, or of a residual stream.
     """
+    if isinstance(site, Stream):
+        return stream_group(graph, site, units)
     if isinstance(site, HeadRanks):
         return rank_group(graph, site, units)
     if isinstance(site, Attention):
         return head_group(graph, site, units)
     return mlp_group(graph, site, units)
+
+
+def site_layers(site: Site) -> set[str]:
+    """Paths of the layers that are cut with a site."""
+    if isinstance(site, Stream):
+        return {*held(site)}
+    return {*site.up, *site.inner, site.down}
 
 
 def check_fits(model: nn.Module, site: Site) -> None:
@@ -40,6 +51,9 @@ def check_fits(model: nn.Module, site: Site) -> None:
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     other = "build the same dense model, or the plan is damaged"
+    if isinstance(site, Stream):
+        _check_stream_fits(model, site, other)
+        return
     names = [site.down, *site.up, *site.inner]
     missing = [name for name in (*names, site.name) if name not in layers]
     if missing:
@@ -63,6 +77,32 @@ def check_fits(model: nn.Module, site: Site) -> None:
         raise ValueError(
             f"{site.down} reads {expected} channels, other than {names[1:]} have; {other}"
         )
+
+
+def _check_stream_fits(model: nn.Module, stream: Stream, other: str) -> None:
+    """Check that a model has all channels of a stream, where it is written and read."""
+    if stream.whole:
+        raise ValueError(f"the stream of {stream.name} can't be cut: {stream.whole}")
+    for blocks in stream.blocks:
+        listed: Any = dict(model.named_modules()).get(blocks.path, ())
+        if len(listed) != blocks.number:
+            raise ValueError(
+                f"{blocks.path or type(model).__name__} has {len(listed)} blocks, of which the "
+                f"stream of {stream.name} runs through {blocks.number}; {other}"
+            )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for holder, parts in held(stream).items():
+        for leaf, dim in parts:
+            path = f"{holder}.{leaf}" if holder else leaf
+            found = parameters.get(path)
+            if found is None and leaf == "bias":
+                continue
+            size = 0 if found is None else _size(model.get_submodule(holder), leaf, dim)
+            if size == 0 or size % stream.width:
+                raise ValueError(
+                    f"{path} has {size} channels of the stream of {stream.name}, the dense model "
+                    f"had {stream.width}; {other}"
+                )
 
 
 def _check_ranks_fit(layers: dict[str, nn.Module], site: HeadRanks, other: str) -> None:

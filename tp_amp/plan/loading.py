@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from tp_amp.plan.applying import planned_sites
 from tp_amp.plan.cutting import cut_all, undone_after_errors
 from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
+from tp_amp.plan.hub import local_folder
+from tp_amp.plan.origin import give_dtypes, library_versions
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.plan.saving import check_knows_sites
 from tp_amp.running.checks import check_model
+from tp_amp.running.restoring import seeded
+from tp_amp.sharing.dense_models import build_dense
+from tp_amp.structure.attention.heads import OfHeads
 from tp_amp.structure.model_structure import ModelStructure
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)  # parameters made in it could not be trained
@@ -29,7 +38,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
 
     Args:
         model: of the saved architecture, dense; on any device.
-        folder: from `save_pruned`.
+        folder: from `save_pruned`, or `"hf-hub:USER/NAME"`.
 
     Returns:
         The plan.
@@ -48,7 +57,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
             "the model is on the meta device, where no weights can be loaded into; give it room "
             'by model.to_empty(device="cpu")'
         )
-    folder = Path(folder)
+    folder = local_folder(folder)
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}; it is no folder of save_pruned")
@@ -59,17 +68,22 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> PruningPlan
     with undone_after_errors(model):
         cut_all(structure.graph, sites, plan.keep)
         _load(model, folder / WEIGHTS)
+    if any(isinstance(site, OfHeads) for site in sites.values()):
+        _warn_of_older_libraries(model, folder)
     return plan
 
 
 def create_model(folder: str | os.PathLike[str]) -> nn.Module:
     """Build the model of a folder of `save_pruned` again, pruned and with its weights.
 
+    No code of the folder is run.
+
     Args:
-        folder: saved with `library` and `name`.
+        folder: saved with `library`; or one on the Hugging Face Hub, `"hf-hub:USER/NAME"` or
+            `"hf-hub:USER/NAME@REVISION"` (`push_to_hub`).
 
     Raises:
-        ValueError: it was saved without, or files are missing or damaged.
+        ValueError: it was saved without, files are missing or damaged, or can't be fetched.
         ImportError: the library is not installed.
 
     Example:
@@ -77,49 +91,42 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
 
         >>> from tp_amp import create_model
     """
-    path = Path(folder) / SOURCE
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {SOURCE}; it is no folder of save_pruned")
-    try:
-        source = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); save the model again") from error
-    model = build_dense(source, folder)
-    if source.get("dtype"):
-        model.to(getattr(torch, source["dtype"]))
+    folder = local_folder(folder)
+    source = _source(folder)
+    with seeded(0):  # what is drawn is replaced, and random state given back
+        model = build_dense(source, folder)
+    give_dtypes(model, source)
     load_pruned(model, folder)
     return model
 
 
-def build_dense(source: dict[str, Any], folder: Any) -> nn.Module:
-    """Build the dense model that a source.json names, with random weights.
+def _source(folder: Path) -> dict[str, Any]:
+    """What the folder says of where its model came from."""
+    path = folder / SOURCE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {SOURCE}; it is no folder of save_pruned")
+    try:
+        source: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the model again") from error
+    if not isinstance(source, dict) or not {"library", "name", "arguments"} <= source.keys():
+        raise ValueError(f"{path} does not say where the model is from; save the model again")
+    return source
 
-    Raises:
-        ValueError: it names no library that is known here.
-        ImportError: the library is not installed.
-    """
-    library, name, arguments = source["library"], source["name"], source["arguments"]
-    if library == "timm":
-        import timm
 
-        return timm.create_model(name, **{**arguments, "pretrained": False})  # type: ignore[no-any-return]
-    if library == "open_clip":
-        import open_clip
-
-        # Or the text tower's weights are fetched, of which nothing is used.
-        arguments = {"pretrained_text": False, **arguments, "pretrained": None}
-        return open_clip.create_model(name, **arguments).visual  # type: ignore[no-any-return]
-    if library == "transformers":
-        try:
-            import transformers
-        except ImportError as error:
-            raise ImportError("install tp-amp[huggingface] for models of transformers") from error
-        kind = getattr(transformers, name)
-        return kind(kind.config_class.from_dict(source["config"]))  # type: ignore[no-any-return]
-    raise ValueError(
-        f"{folder} does not say where its model came from; build the dense model and use "
-        "load_pruned, or save it again with library= and name="
-    )
+def _warn_of_older_libraries(model: nn.Module, folder: Path) -> None:
+    """In an older release a forward pass may know the number of heads that a newer one reads."""
+    try:
+        saved = dict(_source(folder)["versions"])
+    except (ValueError, KeyError, TypeError):
+        return  # of an earlier release; the weights fitted
+    for library, version in library_versions(model).items():
+        if TorchVersion(version) < (then := str(saved.get(library, "0"))):
+            logger.warning(
+                "%s was saved with %s %s, and here is %s: if the model fails, its attentions know "
+                "their number of heads by themselves in this release; install %s %s or newer",
+                *(folder, library, then, version, library, then),
+            )
 
 
 def _load(model: nn.Module, path: Path) -> None:

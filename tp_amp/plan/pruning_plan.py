@@ -16,6 +16,7 @@ from tp_amp.plan.json_records import (
 )
 from tp_amp.reports.numbers import Layer, Measurement, Probe
 from tp_amp.reports.report import Report
+from tp_amp.structure.attention.heads import OfHeads
 from tp_amp.structure.model_structure import Site
 
 FORMAT = 1
@@ -77,6 +78,50 @@ class PruningPlan:
             )
         return Report(
             tuple(self._layer(name) for name in self.keep), self.dense_entropy, before, after
+        )
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """The one plan for the dense model that cuts what this plan and a later one cut together.
+
+        So a model that was pruned over several rounds is saved, and loaded into the dense model.
+
+        Args:
+            later: made for the model as this plan has cut it.
+
+        Returns:
+            A plan for the dense model, with the entropy that this plan knows of it and the probes
+            of both, in order. It knows what this plan knows, and the layers that the later one cut
+            first.
+
+        Raises:
+            ValueError: the later plan was made for other widths than this one leaves, or one cuts
+                heads of an attention and the other channels inside them.
+            TypeError: it is no plan.
+
+        Example:
+            >>> import tp_amp
+            >>> first = tp_amp.PruningPlan({"blocks.0.mlp.fc2": [0, 3, 7]})
+            >>> first.then(tp_amp.PruningPlan({"blocks.0.mlp.fc2": [1, 2]})).keep
+            {'blocks.0.mlp.fc2': [3, 7]}
+        """
+        check_plan(later)
+        _check_follows(self, later)
+        keep = dict(self.keep)
+        for name, kept in later.keep.items():
+            keep[name] = [self.keep[name][i] for i in kept] if name in self.keep else list(kept)
+        probes = {name: list(tried) for name, tried in self.probes.items()}
+        for name, tried in later.probes.items():
+            probes[name] = [*probes.get(name, ()), *tried]
+        # What the later plan knows of layers that were cut before is not of the dense model.
+        new = later.keep.keys() - self.keep.keys()
+        widths = {name: width for name, width in later.dense_widths.items() if name in new}
+        sites = {name: site for name, site in later.sites.items() if name in new}
+        return PruningPlan(
+            keep,
+            {**self.dense_widths, **widths},
+            probes,
+            self.dense_entropy,
+            {**self.sites, **sites},
         )
 
     def _layer(self, name: str) -> Layer:
@@ -152,3 +197,25 @@ def check_plan(plan: Any) -> None:
     if not isinstance(plan, PruningPlan):
         remedy = "; make one of it: tp_amp.PruningPlan(...)" if isinstance(plan, Mapping) else ""
         raise TypeError(f"the plan must be a PruningPlan, found a {type(plan).__name__}{remedy}")
+
+
+def _check_follows(first: PruningPlan, later: PruningPlan) -> None:
+    """Raise ValueError unless a plan may have been made for the model that another one has cut."""
+    of_heads = {s.name: s for s in first.sites.values() if isinstance(s, OfHeads)}
+    for site in later.sites.values():
+        before = of_heads.get(site.name)
+        if before and isinstance(site, OfHeads) and type(site) is not type(before):
+            raise ValueError(
+                f"this plan cuts {before.units} of {site.name}, the later one {site.units}: no one "
+                "plan does both"
+            )
+    for name in later.keep.keys() & first.keep.keys():
+        kept, left = later.keep[name], len(first.keep[name])
+        made_for = later.sites[name].width if name in later.sites else None
+        made_for = later.dense_widths.get(name, made_for)
+        if made_for not in (None, left) or not set(kept) <= set(range(left)):
+            found = made_for or f"more than {max(kept)}"
+            raise ValueError(
+                f"the later plan was made for {found} channels or heads of {name}, this one leaves "
+                f"{left}; make it for the model as this plan has cut it"
+            )

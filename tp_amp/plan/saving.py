@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from tp_amp.plan.file_names import PLAN, SOURCE, WEIGHTS
+from tp_amp.plan.file_names import CARD, PLAN, PROCESSOR, SOURCE, WEIGHTS, written_files
+from tp_amp.plan.origin import dense_for, origin
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
+from tp_amp.reports.report import Report
 from tp_amp.running.checkpoint import write_atomically
 from tp_amp.running.checks import check_model
+from tp_amp.sharing.model_card import model_card
+from tp_amp.sharing.timm_files import timm_files
+from tp_amp.sharing.transformers_files import class_name, image_processor, transformers_files
 from tp_amp.structure.ranks.head_ranks import HeadRanks
-from tp_amp.version import __version__
+from tp_amp.structure.streams.residual_stream import Stream
 
 _LIBRARIES = ("timm", "open_clip", "transformers")
 
@@ -29,24 +35,38 @@ def save_pruned(
     library: str | None = None,
     name: str | None = None,
     arguments: dict[str, Any] | None = None,
+    processor: Any = None,
+    report: Report | None = None,
 ) -> None:
     """Write a pruned model: safetensors weights, the plan and where the model came from.
 
-    Files appear under their names only once they are whole. Nothing is pickled.
+    Files appear under their names only once they are whole. Nothing is pickled. With
+    `library="transformers"` the folder also holds a configuration and a short modelling file, by
+    which `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens it where this package
+    is not installed. With `library="timm"` it holds what `timm.create_model("local-dir:FOLDER")`
+    needs, if all MLPs are cut alike and no heads, so that timm's own arguments build the model.
 
     Args:
         model: pruned to `plan`, compensated and fine-tuned or not.
-        folder: made if it is missing; what it holds of an earlier save is replaced.
+        folder: made if it is missing; what it holds of an earlier save is replaced, the model card
+            too, and nothing else.
         plan: that the model was cut to.
         library: `"timm"`, `"open_clip"` or `"transformers"`, if `create_model` shall build the
             dense model again.
         name: of the model there: a timm or open_clip model name (open_clip's image tower), or the
-            class of a transformers model, whose configuration is taken from the model.
+            class of a transformers model, its own if left out. Its configuration is taken from the
+            model.
         arguments: further arguments of `timm.create_model` or `open_clip.create_model`.
+        processor: the image processor of a transformers model, saved beside it. Left out, it is
+            that of the checkpoint which the model was loaded from, if it is on this machine.
+        report: of `plan.report`, for the model card in README.md.
 
     Raises:
         ValueError: the plan is not that of the model, does not know its layers (made by hand and
-            never applied), or the library is another.
+            never applied), or the library is another; the folder holds files of these names that
+            are of no earlier save; or the model differs from what the
+            configuration builds by more than the cut, or the library builds another dense model
+            than the plan is for. Nothing is then written.
 
     Example:
         >>> import tempfile, timm, torch, tp_amp
@@ -68,14 +88,44 @@ def save_pruned(
         raise ValueError(f"{folder} is a file; name a folder")
     if library not in (None, *_LIBRARIES):
         raise ValueError(f"library must be one of {_LIBRARIES}, found {library!r}")
-    if library is not None and not name:
+    if processor is not None and library != "transformers":
+        raise ValueError(f"processor is for models of transformers; library is {library!r}")
+    if library == "transformers":
+        name = name or class_name(model)
+    elif library is not None and not name:
         raise ValueError(f"to build the model again, {library} needs its name")
     check_model(model)
     check_plan(plan)
     check_knows_sites(plan)
+    _check_widths(model, plan)
+    source = origin(model, library, name, arguments)
+    dense = dense_for(source, plan) if library else None
+    texts = _texts(model, plan, source, dense, report or plan.report()) if library else {}
+    texts |= {PLAN: plan.to_json()}
+    prepares = image_processor(processor, model) if library == "transformers" else None
+    written = {WEIGHTS, *texts} | ({PROCESSOR} if prepares else set())
+    earlier = written_files(folder)
+    _check_nothing_is_lost(folder, sorted(written - earlier))
+    text = json.dumps({**source, "files": sorted(written)}, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, so that a folder that is saved in part is known as one.
+    write_atomically(folder / SOURCE, partial(_write_text, text=text))
+    # Where it says so, transformers takes the tensors for those of torch.
+    write = partial(save_model, model, metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS, lambda path: write(str(path)))
+    for file, text in texts.items():
+        write_atomically(folder / file, partial(_write_text, text=text))
+    if prepares:
+        prepares.save_pretrained(folder)
+    for file in earlier - written:
+        (folder / file).unlink(missing_ok=True)
+
+
+def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise ValueError if a model was not pruned to a plan."""
     for down, kept in plan.keep.items():
         site = plan.sites[down]
-        if isinstance(site, HeadRanks):
+        if isinstance(site, (HeadRanks, Stream)):
             found = site.channels_left(model)
         else:
             found = _width(model, down) - site.first
@@ -85,27 +135,38 @@ def save_pruned(
                 f"{down} has {found} input channels, the plan keeps {expected}; save the model "
                 "that was pruned to this plan"
             )
-    config = getattr(model, "config", None) if library == "transformers" else None
-    source = {
-        "library": library,
-        "name": name,
-        "arguments": arguments or {},
-        "config": config.to_dict() if config is not None else None,
-        "dtype": _dtype(model),
-        "versions": {"tp_amp": __version__, "torch": torch.__version__},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / SOURCE, lambda path: path.write_text(json.dumps(source, indent=2) + "\n")
-    )
-    write_atomically(folder / WEIGHTS, lambda path: save_model(model, str(path)))
-    write_atomically(folder / PLAN, lambda path: path.write_text(plan.to_json()))
 
 
-def _dtype(model: nn.Module) -> str | None:
-    """The floating dtype of the model's first such parameter."""
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
+def _check_nothing_is_lost(folder: Path, files: Iterable[str]) -> None:
+    """Raise ValueError if files would be replaced that no earlier save wrote."""
+    if found := [file for file in files if (folder / file).exists()]:
+        raise ValueError(
+            f"{folder} holds {', '.join(found)}, which save_pruned did not write; name another "
+            "folder"
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _texts(
+    model: nn.Module,
+    plan: PruningPlan,
+    source: dict[str, Any],
+    dense: nn.Module | None,
+    report: Report,
+) -> dict[str, str]:
+    """What other libraries open the folder by, and the model card."""
+    texts: dict[str, str] = {}
+    opener = None
+    if source["library"] == "transformers" and dense is not None:
+        texts, opener = transformers_files(model, source, dense)
+    if source["library"] == "timm":
+        texts = timm_files(model, source, plan.sites, plan.widths)
+        opener = "timm" if texts else None
+    card = model_card(source["library"], source["name"], report, opener=opener)
+    return {**texts, CARD: card}
 
 
 def check_knows_sites(plan: PruningPlan) -> None:

@@ -33,6 +33,14 @@ class Measurement:
         labelled_images: how many images it was taken over.
         cosine: where no accuracy is known, the mean over images of the cosine similarity of the
             outputs to the dense model's, if that was measured too (`measure_both`).
+        runtime: what the speeds are of, `"eager"` for PyTorch itself; all else is PyTorch's.
+        activations: bytes that a forward pass on the timed batch holds at its peak, without the
+            weights and the batch itself.
+        outside_linears: share of a forward pass's time that is spent outside Linears, on a CPU.
+        speeds: images per second at further batch sizes, `(batch size, images per second)`.
+        exported_parameters: elements of parameters in the exported graph, where one is made.
+        attentions: attentions in the exported graph, told by their softmax.
+        fused_attentions: how many of them the runtime computes as one operator.
 
     Example:
         >>> import timm, torch, tp_amp
@@ -56,11 +64,19 @@ class Measurement:
     accuracy: float | None = None
     labelled_images: int = 0
     cosine: float | None = None
+    runtime: str = "eager"
+    activations: int | None = None
+    outside_linears: float | None = None
+    speeds: tuple[tuple[int, float], ...] = ()
+    exported_parameters: int | None = None
+    attentions: int | None = None
+    fused_attentions: int | None = None
 
     @property
     def conditions(self) -> str:
         """Under what the speed was measured; only speeds under the same ones compare."""
-        return f"batches of {self.batch_size}, {self.dtype}, {self.device}"
+        where = "" if self.runtime == "eager" else f", {self.runtime}"
+        return f"batches of {self.batch_size}, {self.dtype}, {self.device}{where}"
 
 
 FORMAT = 1
@@ -118,7 +134,9 @@ class Numbers:
             for side in ("before", "after"):
                 if record[side] is not None:
                     quartiles = tuple(record[side]["quartiles"])
-                    record[side] = Measurement(**{**record[side], "quartiles": quartiles})
+                    speeds = tuple((size, speed) for size, speed in record[side].get("speeds", ()))
+                    pairs = {"quartiles": quartiles, "speeds": speeds}
+                    record[side] = Measurement(**{**record[side], **pairs})
             return cls(layers, **record)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the JSON is no report of tp_amp: {error!r}") from error

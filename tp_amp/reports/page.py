@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, Template
+
+from tp_amp.reports.slowness import reasons
 
 if TYPE_CHECKING:
     from tp_amp.reports.numbers import Layer, Measurement, Numbers, Probe
@@ -81,6 +83,7 @@ def page(report: Numbers, *, whole: bool) -> str:
         report=report,
         measured=report.after or report.before,
         comparisons=comparisons(report),
+        reasons=reasons(report),
         groups=groups(report),
         entropies=entropies(report),
     )
@@ -98,15 +101,52 @@ def comparisons(report: Numbers) -> list[Comparison]:
         return []
     rows = [
         _compare(report, "Parameters", _percent, lambda m: (m.parameters, _short(m.parameters))),
+        *_known(report, "Activations at their peak", _percent, _activations),
         _compare(report, "MACs per image", _percent, lambda m: (m.macs, _short(m.macs))),
         _compare(report, "Images per second", _times, lambda m: (m.images_per_second, _speed(m))),
     ]
     sides = [side for side in (report.before, report.after) if side]
+    for size in dict.fromkeys(size for side in sides for size, _ in side.speeds):
+        label = f"Images per second, batches of {size}"
+        rows.append(_compare(report, label, _times, partial(_speed_at, size)))
+    rows += _known(report, "Parameters in the exported graph", _percent, _exported)
+    rows += _known(report, "Attentions computed as one operator", _nothing, _fused)
     if any(side.accuracy is not None for side in sides):
         rows.append(_compare(report, "Accuracy", _points, _accuracy))
     elif any(side.cosine is not None for side in sides):
         rows.append(_compare(report, "Cosine to the dense model", _difference, _cosine))
     return rows
+
+
+def _known(
+    report: Numbers,
+    label: str,
+    change: Callable[[float, float], str],
+    read: Callable[[Measurement], tuple[float, str] | None],
+) -> list[Comparison]:
+    """A row where the quantity is known of a side; else none."""
+    known = any(side and read(side) for side in (report.before, report.after))
+    return [_compare(report, label, change, read)] if known else []
+
+
+def _activations(measured: Measurement) -> tuple[float, str] | None:
+    found = measured.activations
+    return None if found is None else (found, f"{_short(found)}B")
+
+
+def _exported(measured: Measurement) -> tuple[float, str] | None:
+    found = measured.exported_parameters
+    return None if found is None else (found, _short(found))
+
+
+def _fused(measured: Measurement) -> tuple[float, str] | None:
+    found = measured.fused_attentions
+    return None if found is None else (found, f"{found} of {measured.attentions}")
+
+
+def _speed_at(size: int, measured: Measurement) -> tuple[float, str] | None:
+    found = dict(measured.speeds).get(size)
+    return None if found is None else (found, _images(found))
 
 
 def _accuracy(measured: Measurement) -> tuple[float, str] | None:
@@ -225,8 +265,16 @@ def _short(value: float) -> str:
 
 def _speed(measured: Measurement) -> str:
     speeds = measured.images_per_second, *measured.quartiles
-    median, low, high = (f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds)
+    median, low, high = map(_images, speeds)
     return f"{median} ({low} to {high})"
+
+
+def _images(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+
+
+def _nothing(old: float, new: float) -> str:
+    return ""
 
 
 def _percent(old: float, new: float) -> str:

@@ -10,8 +10,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tp_amp.reports.markdown import markdown
 from tp_amp.reports.numbers import Numbers
 from tp_amp.reports.page import comparisons, groups, page
+from tp_amp.reports.slowness import reasons
 from tp_amp.running.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -44,6 +46,10 @@ class Report(Numbers):
     def to_html(self) -> str:
         """Write one page that needs no other file: tables and plots, light and dark."""
         return page(self, whole=True)
+
+    def to_markdown(self) -> str:
+        """Write the tables in Markdown, as for a model card."""
+        return markdown(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page or the JSON, by the suffix; the file appears only once it is whole.
@@ -95,6 +101,8 @@ class Report(Numbers):
             for line in comparisons(self):
                 table.add_row(line.label, line.before, line.after, line.change)
             yield table
+        for i, reason in enumerate(reasons(self)):
+            yield Text(f"- {reason}" if i else reason)
         for group in groups(self):
             title = f"{group.title}, in {group.units}"
             table = Table(title=title, show_footer=True, **style)

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from tp_amp.plan.cutting import undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.rotation.head_bases import Basis, query_key_basis, value_output_basis
-from tp_amp.running.arguments import check_number, check_whole, is_number
-from tp_amp.running.batches import stream
+from tp_amp.rotation.second_moments import SecondMoments
+from tp_amp.rotation.telling import check_rotated, leading_widths, narrowest
+from tp_amp.running.arguments import check_whole, is_number
 from tp_amp.running.checks import check_model
-from tp_amp.running.distributed import add_up_named, together
-from tp_amp.running.restoring import hooks
+from tp_amp.structure.attention.finding import listed
 from tp_amp.structure.model_structure import ModelStructure
-from tp_amp.structure.observing import observing
 from tp_amp.structure.ranks.head_ranks import HeadRanks, Pair, mix
-from tp_amp.structure.ranks.proving import read_head_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +56,10 @@ class RotatedHeads:
             >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).width_for(0.25)
             1
         """
-        check_number("a share of at least 0", lambda share: share >= 0, error=error)
-        return next(width for width, lost in enumerate(self.errors) if width and lost <= error)
+        return narrowest(self.errors, error)
 
 
+@torch.inference_mode(False)  # what is computed in it could not be put in place
 def rotate_heads(
     model: nn.Module,
     example_inputs: Any,
@@ -90,7 +88,8 @@ def rotate_heads(
         Each width that can now be cut, in the order of the forward pass.
 
     Raises:
-        ValueError: no attention can be rotated, or there is no batch; the model is as it was.
+        ValueError: no attention can be rotated, there is no batch, or activations are not finite;
+            the model is as it was.
         TypeError: `batches` can't be iterated.
 
     Example:
@@ -106,30 +105,16 @@ def rotate_heads(
     """
     check_model(model, values=True)
     structure = ModelStructure(model, example_inputs, forward_fn, num_heads=num_heads)
-    attentions, reasons = structure.attentions
-    sites, others = read_head_ranks(model, attentions, structure.inputs.raw(), forward_fn)
-    reasons = reasons | others
+    sites, reasons = structure.ranks
     if not sites:
         name = type(model).__name__
-        raise ValueError(f"no attention of {name} can be rotated: {_told(reasons)}")
+        raise ValueError(f"no attention of {name} can be rotated: {listed(reasons)}")
     if reasons:
-        logger.warning("these heads keep all channels: %s", _told(reasons))
-    with together("the moments of heads"):
-        moments = _Moments(model, sites)
-        with observing(model, gradients=False), hooks(moments.watch()):
-            for inputs in stream(batches, model, description="rotation", progress=progress):
-                inputs.call(model)
-        moments.add_up()
+        logger.warning("these heads keep all channels: %s", listed(reasons))
+    moments = _Moments(model, sites)
+    moments.collect(batches, progress=progress)
     with undone_after_errors(model):
         return [_rotated(model, site, moments.basis(site)) for site in sites]
-
-
-def _told(reasons: Mapping[str, str]) -> str:
-    """Each reason once, with whom it keeps whole."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items()) or "it has none"
 
 
 def _rotated(model: nn.Module, site: HeadRanks, basis: Basis) -> RotatedHeads:
@@ -138,12 +123,12 @@ def _rotated(model: nn.Module, site: HeadRanks, basis: Basis) -> RotatedHeads:
     return RotatedHeads(site, tuple((basis.errors / whole).tolist()))
 
 
-class _Moments:
-    """Sums of what queries, keys and averaged values are, in float64, over all images."""
+class _Moments(SecondMoments):
+    """Of queries, keys and averaged values."""
 
     def __init__(self, model: nn.Module, sites: Sequence[HeadRanks]) -> None:
-        self.model, self.sites = model, sites
-        self.sums: dict[str, Tensor] = {}
+        super().__init__(model)
+        self.sites = sites
 
     def watch(self) -> Iterable[Any]:
         """Hooks that add what each layer of the sites gives, or reads."""
@@ -180,10 +165,6 @@ class _Moments:
         products = torch.einsum("thi,thj->hij", found, found)
         self.sums[key] = self.sums[key] + products if key in self.sums else products
 
-    def add_up(self) -> None:
-        """Let every rank hold the sums of all."""
-        self.sums = add_up_named("the moments of heads", self.sums)
-
     def basis(self, site: HeadRanks) -> Basis:
         """The best coordinates of one width."""
         found = []
@@ -211,6 +192,7 @@ def rank_plan(
 
     Raises:
         ValueError: a pair or a share is none, or no attention has that width to cut.
+        TypeError: `rotated` is no list of `rotate_heads`, or `kept` no dict.
 
     Example:
         >>> import tp_amp
@@ -219,7 +201,13 @@ def rank_plan(
         >>> plan.keep
         {'attn.proj': [0, 1, 2, 3]}
     """
+    check_rotated(rotated, RotatedHeads, "rotate_heads")
     pairs = get_args(Pair)
+    if not isinstance(kept, Mapping):
+        raise TypeError(
+            f"kept must be a dict of shares, {dict.fromkeys(pairs, 0.5)} or one of the two alone, "
+            f"found {kept!r}"
+        )
     for pair, share in kept.items():
         if pair not in pairs or not (is_number(share) and 0 < share <= 1):
             raise ValueError(
@@ -232,16 +220,7 @@ def rank_plan(
             )
     check_whole(1, round_to=round_to)
     sites = {heads.site.down: heads.site for heads in rotated if heads.site.pair in kept}
-    keep = {}
-    for down, site in sites.items():
-        width = max(1, round(site.width * kept[site.pair] / round_to)) * round_to
-        keep[down] = list(range(min(width, site.width)))
-    whole = [d for d, site in sites.items() if len(keep[d]) == site.width and kept[site.pair] < 1]
-    if whole:
-        logger.warning(
-            "%d widths keep all channels, since round_to=%d leaves no smaller one: %s",
-            len(whole),
-            round_to,
-            ", ".join(whole),
-        )
+    shares = {down: kept[site.pair] for down, site in sites.items()}
+    widths = leading_widths({down: site.width for down, site in sites.items()}, shares, round_to)
+    keep = {down: list(range(width)) for down, width in widths.items()}
     return PruningPlan(keep, {down: site.width for down, site in sites.items()}, sites=dict(sites))

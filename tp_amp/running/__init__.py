@@ -6,7 +6,8 @@ none, and `batches` reads a loader. `fingerprints` knows tensors again and `ties
 layers share. `restoring` holds the context managers that give flags, hooks, attributes and random
 state back, `snapshot` is what they go back to, and `watching` reads what single layers are called
 with. `distributed` lets several processes act as one, `checkpoint` keeps what a long run has done,
-`shelf` holds what it needs between its steps, and `timing` tells what it will take.
+`shelf` holds what it needs between its steps, and `timing` tells what it will take. The folder
+`runtimes` builds a model for others than PyTorch.
 """
 
 # What other folders import; every other module here is private to the folder.

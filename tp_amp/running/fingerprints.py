@@ -54,7 +54,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in tensors:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        values = tensor.detach().cpu().contiguous().flatten()
+        values = resolved(tensor.detach()).cpu().contiguous().flatten()
         found.update(values.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
@@ -68,15 +68,21 @@ def in_second_half(images: Tensor) -> Tensor:
     flat = images.detach().flatten(1)
     if flat.is_meta or not flat.shape[1]:
         return torch.arange(len(images)) % 2 == 1
-    flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
+    flat = torch.view_as_real(resolved(flat)).flatten(1) if flat.is_complex() else flat
     few = flat[:, :: max(1, flat.shape[1] // 16)].to("cpu", torch.float32).numpy()
     return torch.tensor([zlib.crc32(row.tobytes()) % 2 == 1 for row in few])
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: torch may only note that they are conjugates."""
+    return tensor.resolve_conj().resolve_neg()
 
 
 def some_values(tensor: Tensor) -> bytes:
     """A few values of a tensor, to know it again."""
     if tensor.is_meta:
         return b""
+    tensor = resolved(tensor)
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
     few = flat[:: max(1, len(flat) // 16)]
     return bytes(few.to("cpu", torch.float32).numpy().tobytes())

@@ -7,9 +7,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
+# What transformers calls images, where texts may stand before them.
+_IMAGES = ("pixel_values", "pixel_values_videos")
+# Several texts may belong to one image.
+_TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+# How many patches of each image stand in one row of all images' patches, `(images, 3)`.
+_GRIDS = ("grid_thw", "image_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -22,12 +29,26 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, the images first."""
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        named = [self.kwargs[name] for name in _IMAGES if name in self.kwargs]
+        others = [value for name, value in self.kwargs.items() if name not in _IMAGES]
+        return [v for v in (*self.args, *named, *others) if isinstance(v, Tensor)]
 
     @property
     def images(self) -> int:
         """How many images the batch holds."""
-        return len(self.tensors()[0])
+        grid = self._grid
+        return len(self.tensors()[0] if grid is None else grid)
+
+    @property
+    def patches(self) -> list[int] | None:
+        """How many patches each image has, where they all stand in one row; else None."""
+        grid = self._grid
+        return None if grid is None else [int(count) for count in grid.prod(1)]
+
+    @property
+    def _grid(self) -> Tensor | None:
+        found = (self.kwargs.get(name) for name in _GRIDS)
+        return next((grid for grid in found if isinstance(grid, Tensor) and grid.dim() == 2), None)
 
     def raw(self) -> Any:
         """As a script gives them to `forward_fn`: one tensor, several in a tuple, or a dict."""
@@ -179,12 +200,37 @@ def _autograd_ready(value: Any) -> Any:
 
 def one_image(batch: Inputs, count: int = 1, first: int = 0) -> Inputs:
     """The first image of a batch, or a few from another one on."""
+    images, patches = batch.images, batch.patches
 
-    def few(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and len(value) == batch.images
-        return value[first : first + count] if whole else value
+    def few(value: Any, name: str = "") -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if patches is not None and len(value) == sum(patches) != images:
+            start = sum(patches[:first])
+            return value[start : start + sum(patches[first : first + count])]
+        each = len(value) // images if name in _TEXTS and len(value) % images == 0 else 1
+        return (
+            value[first * each : (first + count) * each] if len(value) == each * images else value
+        )
 
-    return Inputs(tuple(map(few, batch.args)), {k: few(v) for k, v in batch.kwargs.items()})
+    return Inputs(tuple(map(few, batch.args)), {k: few(v, k) for k, v in batch.kwargs.items()})
+
+
+def of_size(batch: Inputs, count: int) -> Inputs:
+    """A batch of as many images, the given ones over and over."""
+    images, times = batch.images, -(-count // batch.images)
+    patches = batch.patches
+
+    def several(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        rows = images if patches is None else sum(patches)
+        fits = len(value) == images or len(value) % rows == 0
+        return torch.cat([value] * times) if fits else value
+
+    args = tuple(map(several, batch.args))
+    kwargs = {name: several(value) for name, value in batch.kwargs.items()}
+    return one_image(Inputs(args, kwargs), count)
 
 
 def _inner(inputs: Any) -> Any:

@@ -45,6 +45,9 @@ def valid_tokens(inputs: Inputs, model: nn.Module, tokens: int) -> Tensor | None
 def images_alone(inputs: Inputs) -> Tensor:
     """The images of a batch, with nothing in the places of padding."""
     images, mask = inputs.tensors()[0], mask_of(inputs)
+    if (patches := inputs.patches) is not None:
+        of_each = torch.split(images, patches)
+        return nn.utils.rnn.pad_sequence(list(of_each), batch_first=True)
     if mask is None or images.shape[:2] != mask.shape:
         return images
     return images.masked_fill(~mask.reshape(*mask.shape, *[1] * (images.dim() - 2)), 0)

@@ -24,8 +24,11 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
-    """Run in eval mode as `eval_mode` does; what forward passes put on the model is taken off."""
-    with given_back(model), eval_mode(model, trainable=trainable):
+    """Run in eval mode as `eval_mode` does, seeded; all that forward passes change is given back.
+
+    What they put on the model, and what is drawn: by models that draw (masked autoencoders) too.
+    """
+    with given_back(model), eval_mode(model, trainable=trainable), seeded(0):
         yield
 
 

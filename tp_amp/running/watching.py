@@ -51,7 +51,7 @@ def watch(
         inputs: of the module.
         stop: whether to end the pass once all is seen; the output is None then.
         later: path of a module that is called after the layer with as many values as the layer
-            gives, or empty for the output, to see these too.
+            gives, maybe after other calls, or empty for the output, to see these too.
 
     Raises:
         ValueError: the layer is not called.
@@ -66,9 +66,12 @@ def watch(
             raise Stop
 
     def see_later(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not seen or after:
+        if not seen or after or not args:
             return
-        after.append(tokens_of(layer, args[0]))
+        rows = tokens_of(layer, args[0])
+        if rows.shape != seen[0][1].shape:
+            return  # the module is called on other tokens too
+        after.append(rows)
         if stop:
             raise Stop
 
@@ -123,7 +126,17 @@ def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:
     """A layer's input or output as `(tokens, channels)`."""
     if isinstance(layer, nn.Conv2d):
         values = values.movedim(1, -1)
-    return values.reshape(-1, values.shape[-1])
+    # Not by the last size: an attention with narrow heads or a narrow input may say another one.
+    return values.flatten(0, -2) if values.dim() > 1 else values[None]
+
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested arguments or outputs."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in all_tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 def first_tensor(output: Any) -> Tensor | None:

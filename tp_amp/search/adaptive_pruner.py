@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch_pruning import dependency
 
 from tp_amp.algebra.closed_form import Correction, Method
-from tp_amp.budget.budget import Budget, read_target
+from tp_amp.budget.budget import Budget, check_target
 from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.compensation.recipe import Recipe, apply
+from tp_amp.compensation.routing import check_called_once
 from tp_amp.compensation.walk import fit
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.objectives import Objective, mean_objective, resolve_on
@@ -34,14 +35,15 @@ from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_
 from tp_amp.running.checks import check_model
 from tp_amp.running.distributed import check_same_weights, together
 from tp_amp.running.inputs import example
+from tp_amp.running.runtimes.building import EAGER
 from tp_amp.running.timing import Estimate
 from tp_amp.search.argument_checks import check_data, check_numbers
 from tp_amp.search.bisection import accepted, most_probes
-from tp_amp.search.compensated_probes import Compensator
+from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import estimate_search, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
-from tp_amp.search.target_search import PASSES, meet_target
+from tp_amp.search.target_search import PASSES, corrected, meet_target
 from tp_amp.search.width_search import Found, WidthSearch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.graph import TolerantGraph
@@ -72,6 +74,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
     With `ReconstructionImportance` and `compensation="affine"` the bisection starts at the width
     whose foreseen loss is the allowed one.
 
+    Other widths, inside heads and of residual streams, are no part of AMP's search: for a target
+    `plan_for_target(widths=...)` finds them.
+
     Under an initialised `torch.distributed` process group all ranks do the same on their own share
     of the images, and find the same plan.
 
@@ -92,6 +97,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             widths between two of them do. The latency is that of one forward pass on the
             example inputs, in milliseconds above 1; its table is measured here, on the model's
             device, and so anew for a search that goes on from a checkpoint.
+        runtime: where that latency is measured, as for `plan_for_target`.
         compensation: `"none"`, `"mean"`, `"affine"`, or a `Recipe` with further settings; see
             `compensate`.
         compensation_data: batches that the compensation is fitted on; by default the importance's
@@ -170,6 +176,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         objective: str | Callable[[Any], Tensor] | None = None,
         max_increase: float = 1e-2,
         target: Mapping[str, float] | None = None,
+        runtime: str = EAGER,
         compensation: Method | Recipe = "none",
         compensation_data: Iterable[Any] | None = None,
         steps: int = 6,
@@ -191,7 +198,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         customized_pruners: dict[Any, Any] | None = None,
     ) -> None:
         if target is not None:
-            read_target(target)
+            check_target(target, runtime)
+        elif runtime != EAGER:
+            raise ValueError(
+                f"runtime={runtime!r} is where the latency of a target is measured, and there is "
+                "no target; leave it out"
+            )
         check_importance(importance)
         check_whole(0, cache_bytes=cache_bytes)
         check_flags(rescore=rescore, prune_num_heads=prune_num_heads, progress=progress)
@@ -263,9 +275,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         check_narrowable(self.mlps, round_to=round_to, min_width=min_width)
         # In the order of the search.
         self._sites: list[Site] = [*reversed(self.mlps), *reversed(self.attentions)]
+        if self.recipe.method != "none":
+            check_called_once({site.down: self._structure.calls(site.down) for site in self._sites})
         self.budget: Budget | None = None
         if target is not None:
-            self.budget = Budget(target, self._structure, self._sites, round_to)
+            self.budget = Budget(target, self._structure, self._sites, round_to, runtime)
+        self.runtime = runtime
         self.calibration = calibration
         self.max_increase, self.steps, self.rescore = max_increase, steps, rescore
         self.min_width, self.progress = min_width, progress
@@ -302,10 +317,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         places = [prefix.place(site) for site in self._sites]
         probes = [self._most_probes(site) for site in self._sites]
         found = estimate_search(profile.times(count), places, probes, self.cache_bytes)
-        compensator = Compensator(self.DG, self.compensation_data, self.recipe)
         return Estimate(
             found.seconds * (PASSES if self.budget else 1),
-            found.bytes + compensator.most_bytes(self._sites),
+            found.bytes + most_bytes(self.recipe, self._sites),
         )
 
     def _prune(self) -> Iterator[Any]:
@@ -412,11 +426,12 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             first = next(batches)
         names = ["max_increase", "steps", "rescore", "min_width", "round_to", "max_pruning_ratio"]
         names.append("error_probability")
+        where = {} if self.runtime == EAGER else {"runtime": self.runtime}
         identity = {
             "model": model_digest(self.model),
             "importance": describe(self.importance),
             "objective": describe(self.objective),
-            "target": None if self.budget is None else self.budget.target,
+            "target": None if self.budget is None else self.budget.target | where,
             # A run goes on with and without activation checkpointing, which changes no number.
             "compensation": describe(asdict(replace(self.recipe, activation_checkpointing=False))),
             "layers": [site.down for site in self._sites],
@@ -444,11 +459,18 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             start=self.max_increase or 1e-2,
             entropy=search.dense_entropy,
             smallest=smallest,
-            steps={site.down: self._step(site) for site in self._sites},
+            steps=budget.steps,
         )
         # The smallest widths are of no pass; those of the last one come closest.
         found = runs.get(increase, runs[next(reversed(runs))])
         self.max_increase = increase
+        widths = corrected(
+            budget,
+            widths,
+            lambda some: {name: sorted(found.orders[name][:width]) for name, width in some.items()},
+            smallest=smallest,
+            steps=budget.steps,
+        )
         if widths != {name: len(kept) for name, kept in found.keep.items()}:
             found.keep = {n: sorted(found.orders[n][:width]) for n, width in widths.items()}
             logger.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +17,20 @@ from tp_amp.compensation.routing import routed_layers
 from tp_amp.plan.cutting import narrowed
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import in_second_half
+from tp_amp.running.inputs import one_image
 from tp_amp.running.padding import images_alone
 from tp_amp.running.timing import clock
-from tp_amp.running.watching import Seen, watch
+from tp_amp.running.watching import Seen, calls_in_order, watch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.observing import observing
+
+
+def most_bytes(recipe: Recipe, sites: Iterable[Site]) -> int:
+    """What the second moments of the widest layer take, in float64, for two halves."""
+    if recipe.method == "none":
+        return 0
+    return 2 * 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
 
 
 class Compensator:
@@ -38,27 +47,22 @@ class Compensator:
     """
 
     def __init__(
-        self, graph: Any, batches: Iterable[Any], recipe: Recipe, layers: Sequence[str] = ()
+        self, graph: Any, batches: Iterable[Any], recipe: Recipe, layers: Sequence[str]
     ) -> None:
-        self.graph, self.batches, self.recipe = graph, batches, recipe
+        self.graph, self.batches, self.recipe, self.layers = graph, batches, recipe, layers
         self.places: dict[str, Tensor] = {}
-        if layers and recipe.token_weights == "sensitivity":  # else batches need not be read now
+        if recipe.token_weights == "sensitivity":  # else batches need not be read now
             inputs = list(stream(batches, graph.model, description="reading", progress=False))
             self.places = error_costs(recipe, graph.model, layers, [], inputs).places
         self._times: dict[Any, tuple[float, float]] = {}
-        self._routed: dict[str, bool] = {}
         self._moments: tuple[str, Halves] | None = None
         self._targets: tuple[str, list[Tensor]] | None = None
 
-    def most_bytes(self, sites: Iterable[Site]) -> int:
-        """What the second moments of the widest layer take, in float64, for two halves."""
-        if self.recipe.method == "none":
-            return 0
-        return 2 * 8 * max((site.width * site.unit_width for site in sites), default=0) ** 2
-
     def correction(self, site: Site, kept: list[int]) -> Correction | None:
         """The correction of a site's `down` once only `kept` channels or heads are left."""
-        if len(kept) == site.width or self.recipe.method == "none" or self._is_routed(site):
+        if len(kept) == site.width or self.recipe.method == "none":
+            return None
+        if site.down in self._uncorrected:  # told in the end
             return None
         down: Any = self.graph.model.get_submodule(site.down)
         if isinstance(site, Attention) or site.inner:
@@ -92,14 +96,15 @@ class Compensator:
             total += once + (count + 1) * each if count else 0.0
         return total
 
-    def _is_routed(self, site: Site) -> bool:
-        """Whether a router feeds a layer: it can't be corrected, which is told in the end."""
-        if site.down not in self._routed:
-            model: nn.Module = self.graph.model
-            with observing(model, gradients=False):
-                batch = next(stream(self.batches, model, description="reading", progress=False))
-                self._routed[site.down] = bool(routed_layers(model, batch, [site.down]))
-        return self._routed[site.down]
+    @cached_property
+    def _uncorrected(self) -> set[str]:
+        """The layers that a router feeds, or that are called several times."""
+        model: nn.Module = self.graph.model
+        with observing(model, gradients=False):
+            batch = next(stream(self.batches, model, description="reading", progress=False))
+            calls = calls_in_order(model, one_image(batch, 2), self.layers)
+            routed = routed_layers(model, batch, self.layers)
+        return routed | {name for name in self.layers if calls.count(name) > 1}
 
     def _hidden(self, site: Site, down: nn.Module) -> Halves:
         if self._moments is None or self._moments[0] != site.down:

@@ -16,8 +16,8 @@ from tp_amp.running.distributed import RankError
 from tp_amp.running.fingerprints import some_values
 from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import Stop, evaluating, replaced_forward, seeded
+from tp_amp.running.watching import all_tensors
 from tp_amp.search.replaying import Kept, announced, giving, stored, telling
-from tp_amp.structure.chain import all_tensors
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Prefix:
             return False
         name = self.steps[place - 1]
         given: list[Any] = []
-        with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
+        with torch.no_grad(), evaluating(self.model, trainable=False):
             with telling(self.model.get_submodule(name), given.append):
                 output = inputs.call(self.model)
             self._given = {name: [stored(given[0])]}
@@ -134,7 +134,7 @@ class Prefix:
     @contextmanager
     def passes(self) -> Iterator[Iterator[Any]]:
         """The batches, with the model as the search's objective runs it."""
-        with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
+        with torch.no_grad(), evaluating(self.model, trainable=False):
             yield stream(self.batches, self.model, description="prefix", progress=False)
 
     def _collect(self, place: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tp_amp.importance.objectives import Objective
 from tp_amp.running.batches import stream
 from tp_amp.running.fingerprints import some_values
-from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.restoring import evaluating
 from tp_amp.search.estimated_means import looks
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class SequentialTest:
         """Run the model, which `state` names, on the batches that are left until it is `enough`."""
         values, images = list(self._values.get(state, [])), []
         skipped, every = len(values), looks(self.sizes())
-        with torch.no_grad(), evaluating(self.model, trainable=False), seeded(0):
+        with torch.no_grad(), evaluating(self.model, trainable=False):
             passes = stream(self.batches, self.model, description="calibration", progress=False)
             for place, inputs in enumerate(passes):
                 self._check(place, inputs.tensors()[0])

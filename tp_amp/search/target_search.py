@@ -14,6 +14,7 @@ from tp_amp.search.bisection import accepted
 logger = logging.getLogger(__name__)
 
 PASSES = 3  # of the search, at most; the widths are then filled up to the target
+CORRECTIONS = 2  # of widths whose latency is another than foreseen
 _LEAST, _MOST = 1e-12, 1e6  # tolerances (nats)
 
 Widths = dict[str, int]
@@ -153,6 +154,32 @@ def filled(budget: Budget, narrow: Widths, wide: Widths, steps: Mapping[str, int
         if step is None:
             return widths
         widths[step] = wider[step]
+
+
+def corrected(
+    budget: Budget,
+    widths: Widths,
+    keep: Callable[[Widths], Mapping[str, Sequence[int]]],
+    *,
+    smallest: Widths,
+    steps: Mapping[str, int],
+) -> Widths:
+    """Widths whose latency as measured meets the target: each the same share narrower or wider.
+
+    Args:
+        budget: what widths cost; its table is corrected.
+        widths: those found, that meet the target by the table.
+        keep: gives the channels or heads to keep, by widths.
+        smallest: the smallest widths that there are.
+        steps: by layer, what its widths are multiples of.
+    """
+    for _ in range(CORRECTIONS):
+        if not budget.correct(keep(widths)) or budget.cost(smallest) > budget.amount:
+            break
+        slow = budget.cost(widths) > budget.amount
+        narrow, wide = (smallest, widths) if slow else (widths, budget.widths)
+        widths = filled(budget, narrow, wide, steps)
+    return widths
 
 
 def _fits(budget: Budget, widths: Widths) -> bool:

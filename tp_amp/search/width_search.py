@@ -18,7 +18,7 @@ from tp_amp.running.checkpoint import Checkpoint
 from tp_amp.running.distributed import check_same
 from tp_amp.running.timing import Estimate, Stopwatch, check_estimate, tell_estimate
 from tp_amp.search.bisection import accepted, search_width
-from tp_amp.search.compensated_probes import Compensator
+from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import Profile, estimate_search, profiled
 from tp_amp.search.sequential_test import STORED, SequentialTest
@@ -176,7 +176,7 @@ class WidthSearch:
         needed = self._estimate([self._made[site] / self._passes for site in self.sites])
         if needed is not None:
             needed = replace(needed, seconds=needed.seconds * self._passes)
-            size = self.prefix.most + self.compensator.most_bytes(self.sites)
+            size = self.prefix.most + most_bytes(self.compensator.recipe, self.sites)
             check_estimate("the search", needed, Estimate(self._watch.seconds, size))
 
     def _bisect(
@@ -211,7 +211,7 @@ class WidthSearch:
         found = estimate_search(self._profile, places, probes, self.prefix.limit)
         return Estimate(
             found.seconds + self.compensator.seconds(self.sites, probes),
-            found.bytes + self.compensator.most_bytes(self.sites),
+            found.bytes + most_bytes(self.compensator.recipe, self.sites),
         )
 
     def smallest(self) -> dict[str, int]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import evaluating, hooks, shapes_first
-from tp_amp.running.watching import first_tensor
+from tp_amp.running.watching import all_tensors, first_tensor
 
 
 @dataclass
@@ -41,7 +41,9 @@ class _Call:
     plain: bool = True
 
 
-def find_chain(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[Step]:
+def find_chain(
+    model: nn.Module, inputs: Inputs, names: Sequence[str], beside: Sequence[str] = ()
+) -> list[Step]:
     """Find the longest chain of modules that covers some layers.
 
     Each module of the chain is called once, its first argument is the very tensor that the module
@@ -53,12 +55,15 @@ def find_chain(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> list[S
         model: the model.
         inputs: of one call.
         names: module paths, each of which is or lies in one module of the chain.
+        beside: more of them, of which most do.
 
     Returns:
         The chain; one step that is the whole model where there is none.
     """
-    covered, chain = _longest(_candidates(model, inputs), names)
-    if covered < len(names) or not names:
+    wanted = [*names, *beside]
+    covered, chain = _longest(_candidates(model, inputs), wanted)
+    whole = all(any(_held(call, [name]) for call in chain) for name in names)
+    if not (whole and 2 * covered > len(wanted)):
         return [Step("")]
     return [Step(call.name, call.rest, call.plain) for call in chain]
 
@@ -173,14 +178,16 @@ def _key(tensor: Tensor) -> tuple[int, int]:
 
 def _others(inputs: Inputs) -> Inputs:
     """One image more, and other ones."""
+    first = one_image(inputs)
 
-    def other(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != inputs.images:
+    def other(value: Any, of_first: Any) -> Any:
+        if value is of_first:  # all images share it
             return value
-        more = torch.cat([value, value[:1]])
+        more = torch.cat([value, of_first])
         return -more if more.is_floating_point() else more
 
-    return Inputs(tuple(map(other, inputs.args)), {k: other(v) for k, v in inputs.kwargs.items()})
+    args = map(other, inputs.args, first.args)
+    return Inputs(tuple(args), {k: other(v, first.kwargs[k]) for k, v in inputs.kwargs.items()})
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -205,15 +212,6 @@ def _with_gradient(value: Any) -> Any:
         # A clone, for models that change their input in place.
         return value.detach().requires_grad_().clone()
     return value
-
-
-def all_tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested arguments or outputs."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in all_tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 def _reads_images(rest: Inputs) -> bool:

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch_pruning.pruner import function
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks, on_meta, shapes_first
+from tp_amp.running.watching import all_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class TracedGraph:
         again: a context with what runs the model once more as it was traced: without values where
             it was, in eval mode, and giving it back as it was.
         values: runs the model for calls with values, if it was traced without any.
+        changed: layers whose output is a view that is changed in place.
+        real: the model's own parameter behind each that autograd knows, if these are others.
     """
 
     calls: dict[nn.Module, Call]
@@ -60,6 +63,8 @@ class TracedGraph:
     graph: Any
     again: Callable[[], AbstractContextManager[Callable[[], Any]]]
     values: Callable[[], dict[nn.Module, Call]] | None = None
+    changed: Sequence[nn.Module] = ()
+    real: Mapping[Any, Any] = field(default_factory=dict)
 
     def with_values(self) -> dict[nn.Module, Call]:
         """The calls with values, where the model has any; they are recorded once."""
@@ -82,6 +87,11 @@ class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """Build the graph as TP does."""
+        # TP flattens nothing that holds None or numbers, as outputs of transformers may.
+        kwargs["output_transform"] = kwargs.get("output_transform") or _with_gradients
+        # One slope for all channels: an activation like any other, which may be called again.
+        prelus = [m for m in model.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
+        kwargs["ignored_layers"] = [*(kwargs.get("ignored_layers") or []), *prelus]
         try:
             # TP's own call takes Ctrl-C for a failure, and calls the model in another way.
             return super().build_dependency(model, example_inputs, forward_fn or _call, **kwargs)
@@ -90,6 +100,10 @@ class TolerantGraph(tp.DependencyGraph):  # type: ignore[misc]
                 raise
             logger.info("Torch-Pruning maps no indices on this model (%r); MLPs need none", error)
             return self
+
+
+def _with_gradients(output: Any) -> list[Tensor]:
+    return [tensor for tensor in all_tensors(output) if tensor.grad_fn is not None]
 
 
 def _call(model: nn.Module, example_inputs: Any) -> Any:
@@ -196,7 +210,7 @@ def build_graph(
         traced = shapes_first(model, inputs, trace) if on_meta_device else trace(inputs, {})
     shapes_alone = any(call.input.is_meta for call in traced.calls.values())
     if shapes_alone and not _has_no_values(model):
-        traced.values = partial(_record_values, model, inputs, forward_fn)
+        traced.values = partial(_record_values, model, inputs, forward_fn, traced.changed)
     return traced
 
 
@@ -211,6 +225,7 @@ def _trace(
     calls: dict[nn.Module, Call] = {}
 
     def recorded(*_: Any, **__: Any) -> None:
+        calls.clear()
         calls.update(_record_calls(model, inputs, run))
 
     # Without values no gradients are taken through the calls, so one pass records all.
@@ -224,10 +239,14 @@ def _trace(
         _tell_late(model, modules)
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
-        graph = build(raw, customized_pruners=per_channel_pruners(model))
+        changed = [module for module, call in calls.items() if _changed_in_place(call.output)]
+        with _cloned(changed):
+            if changed and not once:
+                recorded()
+            graph = build(raw, customized_pruners=per_channel_pruners(model))
     _give_parameters_back(graph, real)
     again = partial(_again, model, partial(inputs.call, run), without_values=bool(real))
-    return TracedGraph(calls, reads_images, graph, again)
+    return TracedGraph(calls, reads_images, graph, again, changed=changed, real=real)
 
 
 @contextmanager
@@ -258,13 +277,27 @@ def _tell_late(model: nn.Module, known: set[nn.Module]) -> None:
         )
 
 
+def _changed_in_place(output: Tensor) -> bool:
+    """Whether a view was: autograd then makes another node for it, which no graph knows."""
+    return output._is_view() and output._version > 0
+
+
+def _cloned(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Let some layers give copies, which are no views."""
+    return hooks(layer.register_forward_hook(lambda _m, _a, y: y.clone()) for layer in layers)
+
+
 def _record_values(
-    model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None
+    model: nn.Module,
+    inputs: Inputs,
+    forward_fn: Callable[..., Any] | None,
+    changed: Sequence[nn.Module],
 ) -> dict[nn.Module, Call]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluating(model, trainable=True),
+        _cloned(changed),
     ):
         return _record_calls(model, inputs, runner(model, forward_fn))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_pruning.dependency import Group
 
+from tp_amp.running.watching import all_tensors
 from tp_amp.structure.fused import FusedBlockPruner
 from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.groups import make_group
@@ -87,34 +88,45 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
 def failures(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:
     """Tell with which MLPs cut the model doesn't run; with all the others cut at once it does.
 
-    Each loses one channel, so that a reshape to any number of the forward's own no longer fits. The
-    model is run as it was traced, on the meta device where it runs there.
+    Each loses one channel, so that a reshape to any number of the forward's own no longer fits, and
+    hidden channels that the model gives out beside its result are told by their number. The model
+    is run as it was traced, on the meta device where it runs there.
 
     Returns:
         `down` of each MLP that the model fails with -> why.
     """
     accepted: list[MLP] = []
     failed: dict[str, str] = {}
+    narrowable = [mlp for mlp in mlps if mlp.width > 1]
+    given = _shapes_given(traced) if narrowable else []
 
     def judge(candidates: Sequence[MLP]) -> None:
-        error = _error([*accepted, *candidates], traced) if candidates else None
+        error = _error([*accepted, *candidates], traced, given) if candidates else None
         if error is None:
             accepted.extend(candidates)
         elif len(candidates) == 1:
             [mlp] = candidates
-            less = f"with {mlp.width - 1} of {mlp.width} channels"
-            failed[mlp.down] = f"{less} the model no longer runs ({error})"
+            failed[mlp.down] = f"with {mlp.width - 1} of {mlp.width} channels {error}"
             logger.debug("%s is no MLP that can be cut: %s", mlp.down, failed[mlp.down])
         else:
             half = len(candidates) // 2
             judge(candidates[:half])
             judge(candidates[half:])
 
-    judge([mlp for mlp in mlps if mlp.width > 1])
+    judge(narrowable)
     return failed
 
 
-def _error(mlps: Sequence[MLP], traced: TracedGraph) -> Exception | None:
+_Shapes = list[tuple[int, ...]]
+
+
+def _shapes_given(traced: TracedGraph) -> _Shapes:
+    """The shapes of all that the model gives."""
+    with traced.again() as run:
+        return [tuple(tensor.shape) for tensor in all_tensors(run())]
+
+
+def _error(mlps: Sequence[MLP], traced: TracedGraph, given: _Shapes) -> str | None:
     """How the model fails with one channel less of each MLP."""
     with traced.again() as run:
         groups = [mlp_group(traced.graph, mlp, [mlp.width - 1]) for mlp in mlps]
@@ -122,7 +134,13 @@ def _error(mlps: Sequence[MLP], traced: TracedGraph) -> Exception | None:
             for group in groups:
                 for item in group.items:
                     item.dep(item.idxs)
-            run()
+            shapes = [tuple(tensor.shape) for tensor in all_tensors(run())]
         except Exception as error:
-            return error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return None
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            return f"the model no longer runs ({cause})"
+    if shapes == given or _shapes_given(traced) != given:  # they may be others each time
+        return None
+    changed = [f"{old} as {new}" for old, new in zip(given, shapes, strict=False) if old != new]
+    return (
+        f"the model gives {changed[0] if changed else 'more or fewer tensors'}: they are read out"
+    )

@@ -57,7 +57,11 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def read_mlps(
-    model: nn.Module, traced: TracedGraph, reasons: dict[nn.Module, str] | None = None
+    model: nn.Module,
+    traced: TracedGraph,
+    reasons: dict[nn.Module, str] | None = None,
+    *,
+    tell: bool = True,
 ) -> list[MLP]:
     """Find the MLPs in a traced graph; put why each other layer starts none into `reasons`."""
     names = {module: name for name, module in model.named_modules()}
@@ -80,11 +84,17 @@ def read_mlps(
     for fused in fused_parts(model):
         found[fused.down] = _check_fused(fused, traced, names)
     shared = shared_parameters(model)
-    for down, mlp in list(found.items()):
+    whole: dict[str, str] = {}
+    for down in sorted(found, key=lambda down: traced.calls[down].order):
+        mlp = found[down]
         if tied := told_apart(shared, (*mlp.up, *mlp.inner, mlp.down)):
-            logger.warning("the MLP %s stays whole: %s", mlp.name, tied)
+            whole.setdefault(mlp.name, tied)
             del found[down]
             reasons |= {model.get_submodule(name): tied for name in (*mlp.up, mlp.down)}
+    if whole and tell:
+        name, *others = whole
+        also = f"; so do {', '.join(others)}, which share others" if others else ""
+        logger.warning("the MLP %s stays whole: %s%s", name, whole[name], also)
     failed = failures(list(found.values()), traced)
     for mlp in [found.pop(model.get_submodule(down)) for down in failed]:
         reasons |= dict.fromkeys(map(model.get_submodule, mlp.up), failed[mlp.down])
@@ -161,6 +171,8 @@ def _follow(start: Any, skipped: Collection[Any] = ()) -> _Parts:
                 stack += [(producer, False) for producer in node.inputs] if reads else []
                 stack += [] if reads else [(consumer, True) for consumer in node.outputs]
             if not is_projection(node.module) or len(parts.ups) > 2 or len(parts.downs) > 1:
+                if node.type == ops.OPTYPE.OUTPUT:
+                    raise NotAnMLP("the model gives out its channels")
                 raise NotAnMLP(f"its channels are coupled to {node._name or node.name}")
         if goes_on:
             stack += [(consumer, True) for consumer in node.outputs]

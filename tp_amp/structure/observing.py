@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tp_amp.running.checks import check_model
-from tp_amp.running.restoring import evaluating, seeded
+from tp_amp.running.restoring import evaluating
 from tp_amp.structure.attention.adapting import exposing
 
 
@@ -22,6 +22,5 @@ def observing(model: nn.Module, *, gradients: bool) -> Iterator[None]:
         torch.set_grad_enabled(gradients),
         evaluating(model, trainable=False),
         exposing(model),
-        seeded(0),
     ):
         yield

@@ -15,7 +15,8 @@ from tp_amp.structure.graph import Call, TracedGraph
 from tp_amp.structure.nodes import feeding, is_operation, outputs, producers
 
 _ELEMENT_WISE = {
-    *("Add", "Clone", "Gelu", "Hardswish", "Mul", "Relu", "Sigmoid", "Silu", "Tanh", "ToCopy"),
+    *("Add", "Clone", "Gelu", "Hardswish", "Mul", "PreluKernel", "Relu", "Sigmoid", "Silu"),
+    *("Tanh", "ToCopy"),
 }
 _MIXING = re.compile("Bmm|Softmax|.*ScaledDotProduct")
 

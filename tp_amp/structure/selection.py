@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tp_amp.structure.model_structure import Site
+from tp_amp.structure.streams.residual_stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -141,4 +142,7 @@ def _numbered(holders: Sequence[str], named: Iterable[str]) -> dict[int, str]:
 def _layers(model: nn.Module, site: Site) -> set[nn.Module]:
     """The layers of a site; of an attention that makes q, k and v itself, all it holds."""
     names = {*site.up, *site.inner, site.down}
+    if isinstance(site, Stream):  # whoever names a layer that it is cut with means it
+        writers = {written.path.rpartition(".")[0] for written in site.written}
+        names = {*site.readers, *writers} - {""}  # tokens that the model itself holds
     return {module for name in names for module in model.get_submodule(name).modules()}

@@ -23,7 +23,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         images, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(images, tokens, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        called = self.between != "weights"  # which are read then without their layer
+        linear = self.qkv.weight, self.qkv.bias
+        made = self.qkv(x) if called else functional.linear(x, *linear)
+        q, k, v = made.view(images, tokens, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        if self.between == "size":  # the width of a head, as the weight says it
+            q = q * (len(self.qkv.weight) / (3 * self.num_heads))
         if self.between == "keys":
             k = k * self.gate
         if self.between == "cosine":
@@ -49,3 +54,23 @@ def test_only_what_can_be_mixed_is_found(between: str, found: set[str]) -> None:
     assert all("one by one" in reason for reason in reasons.values())
     for site in sites:
         assert (site.heads, site.width) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [("weights", "it no longer runs"), ("size", "it gives another output than with zeros")],
+)
+def test_what_knows_its_weights_is_left_whole(between: str, reason: str) -> None:
+    """Mixed channels are the same to it, and fewer of them are not."""
+    torch.manual_seed(0)
+    model, x = Attention(between), torch.randn(2, 5, 8)
+    found = tp_amp.find_attentions(model, x)
+    assert len(found) == 1
+    before = fingerprint(model)
+    sites, reasons = read_head_ranks(model, found, x)
+    assert sites == []
+    assert set(reasons) == {": qk", ": vo"}
+    assert all(f"cut to half of the channels {reason}" in told for told in reasons.values())
+    with pytest.raises(ValueError, match=f"can be rotated: .*{reason}"):
+        tp_amp.rotate_heads(model, x, [x], progress=False)
+    assert fingerprint(model) == before

@@ -4,19 +4,23 @@
 `head_tensors` finds by gradients what else has a part for each head, and `checking` proves on a
 copy that cutting is right, once for those that are alike (`repeats`). `heads` is the record and
 the cut. The `*_forward` modules are forward passes for fewer heads, which `adapting` gives to a
-module, and `fitting_reshapes` changes sizes in the code. `rank_linear` is narrow
-inside and as wide as before to the attention that calls it. `blocks` finds attentions by the usual
-names, for criteria that need no trace.
+module by an `adapted_class`, and `fitting_reshapes` changes sizes in the code. `rank_linear` is
+narrow inside and as wide as before to the attention that calls it. `blocks` finds attentions by the
+usual names, for criteria that need no trace.
 """
 
 # What other folders import; every other module here is private to the folder.
 __all__ = [
+    "adapted_class",
     "adapting",
     "blocks",
     "checking",
     "finding",
+    "fitting_reshapes",
+    "head_forward",
     "head_tensors",
     "heads",
+    "multihead_forward",
     "rank_linear",
     "repeats",
 ]

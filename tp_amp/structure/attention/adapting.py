@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
+from tp_amp.structure.attention.adapted_class import adapted
 from tp_amp.structure.attention.head_forward import HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.window_forward import ShiftedWindowForward
@@ -30,7 +30,7 @@ FORWARDS: dict[str, type[nn.Module]] = {
 def adapt(module: nn.Module, kind: str) -> None:
     """Let a module run another forward pass, by its class; parameters and their names stay."""
     if not isinstance(module, FORWARDS[kind]):
-        module.__class__ = _adapted(FORWARDS[kind], type(module))
+        module.__class__ = adapted(FORWARDS[kind], type(module))
     if kind == "multihead":
         # nn.TransformerEncoderLayer goes round the module's forward otherwise.
         module.__dict__[_FAST] = False
@@ -77,24 +77,3 @@ def stand_in(module: nn.Module) -> str | None:
         return "multihead" if plain else None
     windows = hasattr(module, "get_relative_position_bias")
     return "windows" if windows and forward.__module__ == _SWIN else None
-
-
-_CLASSES: dict[Any, Any] = {}
-
-
-def _adapted(forward: Any, own: Any) -> Any:
-    """The class that runs another forward pass, the same one for each pair of classes."""
-    if (forward, own) not in _CLASSES:
-
-        def reduce(self: nn.Module, protocol: Any) -> Any:
-            return _blank, (forward, own), self.__dict__
-
-        # No import path leads to this class, so that copies and pickles must make it again.
-        _CLASSES[forward, own] = type(own.__name__, (forward, own), {"__reduce_ex__": reduce})
-    return _CLASSES[forward, own]
-
-
-def _blank(forward: type[nn.Module], own: type[nn.Module]) -> nn.Module:
-    made = _adapted(forward, own)
-    blank: nn.Module = made.__new__(made)
-    return blank

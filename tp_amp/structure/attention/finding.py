@@ -66,8 +66,11 @@ def find_attentions(
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """Each attention that can lose no heads, with its reason, in one line."""
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none"
+    """Each reason once, with what it keeps whole, in one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items()) or "it has none"
 
 
 def read_attentions(

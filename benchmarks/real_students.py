@@ -1,0 +1,122 @@
+"""Models that took long to make, kept on disk for the recipes that go on from them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tp_amp
+
+if TYPE_CHECKING:
+    from real_recipes import Draw
+
+# Of distillation.
+STEPS, STEP_IMAGES, PEAK, WARMUP = 600, 12, 1e-5, 0.1
+WEIGHTS = {"cls": 1.0, "tokens": 1.0}
+
+
+def clock() -> np.ndarray:
+    """Seconds, and the processor's, of all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class Photographs:
+    """Batches in an order of their own in each epoch, half of the images mirrored."""
+
+    def __init__(self, images: Tensor, size: int, seed: int) -> None:
+        self.images, self.size, self.seed, self.epoch = images, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        for index in torch.randperm(len(self.images), generator=generator).split(self.size):
+            images = self.images[index]
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+            yield images
+
+
+def distilled(draw: Draw, student: nn.Module) -> nn.Module:
+    """Train the whole for `STEPS` steps to give the dense model's tokens, without labels."""
+    began = clock()
+    teacher = copy.deepcopy(draw.model)
+    cpu = next(teacher.parameters()).device.type == "cpu"
+    for module in (*student.modules(), *teacher.modules()):
+        # On a CPU, backward through fused attention takes longer than the rest of the step.
+        if cpu and hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    photographs = Photographs(torch.cat(draw.batches), STEP_IMAGES, draw.seed)
+    epochs = max(1, round(STEPS / len(photographs)))
+    tp_amp.distill(
+        student,
+        teacher,
+        photographs,
+        weights=WEIGHTS,
+        epochs=epochs,
+        learning_rate=PEAK * 256 / STEP_IMAGES,
+        warmup_epochs=WARMUP * epochs,
+        weight_decay=(0.0, 0.0),
+        accelerator=Accelerator(mixed_precision="bf16", cpu=cpu),
+        seed=draw.seed,
+        progress=False,
+    )
+    steps, spent = epochs * len(photographs), (clock() - began).round(1)
+    draw.trained = {"steps": steps, "seconds": spent[0], "cpu_seconds": spent[1]}
+    return student
+
+
+def remembered(
+    name: str, make: Callable[[Draw, float], nn.Module]
+) -> Callable[[Draw, float], nn.Module]:
+    """A recipe whose models stay in the draw's folder, with the seconds that they took."""
+
+    def recall(draw: Draw, kept: float) -> nn.Module:
+        if draw.folder is None:
+            return make(draw, kept)
+        path = place(draw, draw.folder, name, kept)
+        if path.is_file():
+            return read(draw, path)
+        model, spent, _ = draw.timed(lambda: make(draw, kept))
+        facts = {"recipe": name, "spent": spent.tolist()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, path.with_suffix(".partial"), {"facts": json.dumps(facts)})
+        path.with_suffix(".partial").replace(path)
+        return model
+
+    return recall
+
+
+def place(draw: Draw, folder: Path, name: str, kept: float) -> Path:
+    """The file of one recipe's model, by all that decides it."""
+    key = repr([name, kept, draw.seed, sum(len(images) for images in draw.batches)])
+    return folder / f"student-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def read(draw: Draw, path: Path) -> nn.Module:
+    """A model from its file; its seconds count as if it had been made now."""
+    weights: Any = load_file(path)
+    widths = {down: weights[f"{down}.weight"].shape[1] for down in draw.downs}
+    model = draw.cut(tp_amp.PruningPlan({down: list(range(w)) for down, w in widths.items()}))
+    model.load_state_dict(weights)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    draw.recalled += np.array(facts["spent"])
+    return model
