@@ -112,7 +112,7 @@ def test_refining_goes_on_from_there() -> None:
 
 def test_refining_weighs_errors_of_the_channels_that_are_left() -> None:
     """Layers that write to a cut stream give fewer outputs than errors are known of."""
-    model, images = model_and_pictures(160)
+    model, images = model_and_pictures(320)
     [rotated] = tp_amp.rotate(model, images[:1], images.split(48), progress=False)
     few = {mlp.down: list(range(mlp.width // 8)) for mlp in tp_amp.find_mlps(model, images[:1])}
     plan = tp_amp.stream_plan([rotated], 0.9).then(tp_amp.PruningPlan(few))
