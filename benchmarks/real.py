@@ -63,7 +63,7 @@ def measure(task: Task, draw: Draw, recipe: str, kept: float) -> dict[str, Any]:
     dense = sum(parameter.numel() for parameter in task.model.parameters())
     widths = {mlp.down: model.get_submodule(mlp.down).weight.shape[1] for mlp in draw.mlps}
     return {
-        **task.judge(model),
+        **task.judge(model, rotated="stream" in recipe),
         "parameters": size,
         "parameters_kept": size / dense,
         "seconds": round(seconds, 1),

@@ -94,11 +94,15 @@ class Draw:
         return tp_amp.plan_for_target(model, self.example, importance, target)
 
     def one_price(self, kept: float, kinds: Sequence[str], **options: Any) -> nn.Module:
-        """As many parameters, with channels inside heads cut at the same price."""
+        """As many parameters, with channels inside heads, or of the stream, at the same price."""
         model = copy.deepcopy(self.model)
+        if "stream" in kinds:  # changes what MLPs read and write
+            tp_amp.rotate(model, self.example, self.batches, progress=False)
+            importance = tp_amp.ReconstructionImportance()
+        else:
+            importance, _ = self.once("Reconstruction", IMPORTANCES["Reconstruction"])
         tp_amp.rotate_heads(model, self.example, self.batches, progress=False)
-        importance, _ = self.once("Reconstruction", IMPORTANCES["Reconstruction"])
-        importance.data = self.batches  # MLPs are as they were, heads are collected
+        importance.data = self.batches
         target = {"params": self.parameters(kept)}
         plan = tp_amp.plan_for_target(model, self.example, importance, target, widths=kinds)
         tp_amp.compensate(model, plan, self.batches, progress=False, **options)
@@ -247,7 +251,8 @@ RECIPES: dict[str, Recipe] = {
     UNIFORM: lambda d, kept: d.compensated(d.plan("Reconstruction", kept), every_linear=True),
 }
 # As many parameters as with that share of the MLPs, where these are not cut alone.
-for _kinds in (("mlp", "qk"), ("mlp", "qk", "vo"), ("mlp", "heads")):
+_HEADS = ("mlp", "qk", "vo")
+for _kinds in (("mlp", "qk"), _HEADS, (*_HEADS, "stream"), ("mlp", "heads")):
     RECIPES[f"{CLOSED}, by sensitivity, of {' + '.join(_kinds)}"] = lambda d, kept, kinds=_kinds: (
         d.one_price(kept, kinds, every_linear=True, token_weights="sensitivity")
     )

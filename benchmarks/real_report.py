@@ -40,7 +40,7 @@ def summaries(record: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for (kept, images, recipe), rows in groups.items():
         means = {
-            name: mean(row[name] for row in rows)
+            name: mean(row[name] for row in rows) if rows[0][name] is not None else None
             for name in (
                 "accuracy",
                 "lost",
@@ -81,8 +81,7 @@ def report(record: dict[str, Any]) -> str:
             row["recipe"],
             f"{100 * row['accuracy']:.1f} ±{100 * row['standard_error']:.1f}",
             f"{100 * row['lost']:.1f} ±{100 * row['lost_standard_error']:.1f}",
-            f"{row['cosine']:.3f}",
-            f"{row['map_correlation']:.3f}",
+            *("" if row[n] is None else f"{row[n]:.3f}" for n in ("cosine", "map_correlation")),
             f"{row['seconds']:.0f}",
             f"{row['cpu_seconds']:.0f}",
         ]

@@ -51,20 +51,28 @@ class Task:
             for i in order[:count].split(BATCH)
         ]
 
-    def judge(self, model: nn.Module) -> dict[str, float]:
-        """Accuracy on all test images, and how close the model stays to the dense one."""
-        logits, tokens, maps = run(model, self.decoder, self.test[0], len(self.maps))
+    def judge(self, model: nn.Module, rotated: bool = False) -> dict[str, float | None]:
+        """Accuracy on all test images, and how close the model stays to the dense one.
+
+        Tokens of a rotated stream are in other coordinates and can't be compared: None.
+        """
+        maps_of = 0 if rotated else len(self.maps)
+        logits, tokens, maps = run(model, self.decoder, self.test[0], maps_of)
         right = logits.argmax(1) == self.test[1]
         lost = self.right.double() - right.double()
         count = len(right)
         accuracy = float(right.double().mean())
+        cosine = map_correlation = None
+        if not rotated:
+            cosine = float(nn.functional.cosine_similarity(tokens, self.tokens).mean())
+            map_correlation = float(correlation(maps, self.maps).mean())
         return {
             "accuracy": accuracy,
             "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5,
             "lost": float(lost.mean()),
             "lost_standard_error": float(lost.std(correction=0)) / count**0.5,
-            "cosine": float(nn.functional.cosine_similarity(tokens, self.tokens).mean()),
-            "map_correlation": float(correlation(maps, self.maps).mean()),
+            "cosine": cosine,
+            "map_correlation": map_correlation,
         }
 
 

@@ -88,6 +88,16 @@ def test_rows_are_measured_once(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_tokens_of_a_rotated_stream_are_not_compared(tmp_path, capsys):
+    """They are in other coordinates; the classes are not."""
+    recipe = next(name for name in real_recipes.RECIPES if name.endswith("+ stream"))
+    real.main([*OPTIONS, "--output", str(tmp_path), "--recipes", recipe])
+    [row] = json.loads((tmp_path / "real.json").read_text())["rows"]
+    assert row["cosine"] is row["map_correlation"] is None
+    assert 0 <= row["accuracy"] <= 1
+    assert "None" not in capsys.readouterr().out
+
+
 def test_results_of_another_model_are_not_mixed(tmp_path):
     common = dict.fromkeys(("model", "test_images", "probe_images", "map_images"), 1)
     (tmp_path / "real.json").write_text(json.dumps({**common, "rows": []}))
