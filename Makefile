@@ -84,7 +84,7 @@ upstream: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,quantise]'
 	touch $@
 
 $(OLDEST)/installed: pyproject.toml tests/oldest.txt

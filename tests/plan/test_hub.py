@@ -37,10 +37,15 @@ class Hub:
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, **named: Any) -> Any:
         here = self.cache / f"models--{repo_id.replace('/', '--')}"
-        (here / "refs").mkdir(parents=True)
+        (here / "refs").mkdir(parents=True, exist_ok=True)
         (here / "refs" / "main").write_text(COMMIT)
         snapshot = here / "snapshots" / COMMIT
-        snapshot.mkdir(parents=True)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        held = [path.name for path in snapshot.iterdir()]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            held, allow_patterns=named["delete_patterns"] or ["none"]
+        ):
+            (snapshot / name).unlink()
         sent = huggingface_hub.utils.filter_repo_objects(
             [path.name for path in Path(folder_path).iterdir()],
             allow_patterns=named["allow_patterns"],
@@ -49,11 +54,17 @@ class Hub:
             shutil.copy(Path(folder_path) / name, snapshot / name)
         return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/{COMMIT}")
 
+    def hf_hub_download(self, repository: str, file: str) -> str:
+        here = self.cache / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+        if not (here / file).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(file)
+        return str(here / file)
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path / "cache")
-    for name in ("create_repo", "upload_folder"):
+    for name in ("create_repo", "upload_folder", "hf_hub_download"):
         method = getattr(made, name)
         monkeypatch.setattr(huggingface_hub.HfApi, name, lambda _, *a, _m=method, **n: _m(*a, **n))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(made.cache))
@@ -110,6 +121,29 @@ def test_only_what_was_saved_is_sent(tmp_path: Path, hub: Hub) -> None:
     snapshot = hub.cache / "models--me--small-vit" / "snapshots" / COMMIT
     sent = sorted(path.name for path in snapshot.iterdir())
     assert sent == ["model.safetensors", "plan.json", "source.json"]
+
+
+def test_what_an_earlier_folder_left_is_deleted(tmp_path: Path, hub: Hub) -> None:
+    """Or timm would build the sizes of the earlier config.json; a licence of the user's stays."""
+    arguments = {"img_size": 32, **TINY}
+    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    inputs = images(2, size=32, channels=3)
+    even = tp_amp.plan_from_importance(model, inputs, tp_amp.DIMAPImportance(), 0.5)
+    tp_amp.apply_plan(model, even)
+    origin = {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": arguments}
+    tp_amp.save_pruned(model, tmp_path / "even", even, **origin)
+    tp_amp.push_to_hub(tmp_path / "even", "me/small-vit")
+    snapshot = hub.cache / "models--me--small-vit" / "snapshots" / COMMIT
+    (snapshot / "LICENSE").write_text("mine")
+    assert (snapshot / "config.json").is_file()
+    uneven, _ = saved(tmp_path / "uneven")
+    assert not (tmp_path / "uneven" / "config.json").exists()
+    tp_amp.push_to_hub(tmp_path / "uneven", "me/small-vit")
+    assert not (snapshot / "config.json").exists()
+    assert (snapshot / "LICENSE").read_text() == "mine"
+    with torch.no_grad():
+        found = tp_amp.create_model("hf-hub:me/small-vit").eval()(inputs)
+        assert torch.equal(found, uneven(inputs))
 
 
 def test_what_can_not_be_sent_or_fetched_is_told(tmp_path: Path, hub: Hub) -> None:

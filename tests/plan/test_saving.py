@@ -216,6 +216,48 @@ def test_what_a_library_builds_is_compared_with_the_plan(tmp_path: Path) -> None
         assert torch.equal(tp_amp.create_model(tmp_path).eval()(inputs), model.eval()(inputs))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            {"img_size": 32, **TINY},
+            r"head.bias is \(5,\) in the model and \(1000,\) in the vit_tiny",
+        ),
+        ({"img_size": 48, "num_classes": 5, **TINY}, r"pos_embed is \(1, 5, 64\) in the model and"),
+        (
+            {"num_classes": 5, **TINY, "depth": 3},
+            r"blocks.2.attn.proj.bias is missing in the model",
+        ),
+        ({"num_classes": 5, "img_size": 32, **TINY}, ""),
+    ],
+)
+def test_what_would_not_come_back_is_not_saved(
+    arguments: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Whatever differs from the dense model besides the cut layers."""
+    kind, inputs = "vit_tiny_patch16_224", images(1, size=32, channels=3)
+    model = timm.create_model(kind, img_size=32, **{**TINY, "num_classes": 5}).eval()
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    model.blocks[0].attn.qkv.bias = nn.Parameter(torch.ones_like(model.blocks[0].attn.qkv.bias))
+    origin: Any = {"library": "timm", "name": kind, "arguments": arguments}
+    if not told:
+        tp_amp.save_pruned(model, tmp_path / "small", plan, **origin)
+        return
+    with pytest.raises(ValueError, match=f"{told}.*pass the arguments that the dense model"):
+        tp_amp.save_pruned(model, tmp_path / "small", plan, **origin)
+    assert not (tmp_path / "small").exists()
+
+
+def test_arguments_are_for_libraries_that_take_them(tmp_path: Path) -> None:
+    model = vit()
+    plan = tp_amp.PruningPlan({})
+    with pytest.raises(
+        ValueError, match=r"for models of timm and open_clip; .* found \{'depth': 1"
+    ):
+        tp_amp.save_pruned(model, tmp_path, plan, arguments={"depth": 1})
+
+
 def test_a_plan_of_nothing_is_saved(tmp_path: Path) -> None:
     origin: Any = {"name": "vit_tiny_patch16_224", "arguments": {"img_size": 32, **TINY}}
     tp_amp.save_pruned(vit(), tmp_path, tp_amp.PruningPlan({}), library="timm", **origin)

@@ -34,7 +34,7 @@ def test_every_name_is_bound_once_and_used(used: tuple[str, ...]) -> None:
 
 def test_narrower_mlps_need_few_lines() -> None:
     text = modelling_file(Tower, NAMES, ())
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 85
     assert "head" not in text.lower()
     assert "from transformers import Tower\n" in text
     assert 'model_type = "pruned_tower"' in text

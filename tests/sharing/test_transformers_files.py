@@ -23,9 +23,10 @@ import tp_amp
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("code_of_folders")
 
-RANKS = "hf_vit, inside heads"
+RANKS, STREAM = "hf_vit, inside heads", ", with the stream"
 # Narrower alone, an `nn.MultiheadAttention` with fewer heads, and a forward pass with other sizes.
-QUICK = ("hf_vit", RANKS, "hf_siglip", "hf_blip")
+QUICK = ("hf_vit", RANKS, f"hf_vit{STREAM}", "hf_siglip", "hf_blip")
+STREAMS = ("hf_deit_teacher", "hf_hiera", "hf_vjepa2", "hf_beit_masked")
 
 
 def made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -43,6 +44,9 @@ def cut(name: str) -> tuple[nn.Module, dict[str, Tensor], tp_amp.PruningPlan]:
     if name == RANKS:
         rotated = tp_amp.rotate_heads(model, inputs, [inputs], progress=False)
         plan = tp_amp.rank_plan(rotated, {"qk": 0.5, "vo": 0.5})
+    elif name.endswith(STREAM):
+        rotated = tp_amp.rotate(model, inputs, [inputs], progress=False)
+        plan = tp_amp.stream_plan(rotated, 0.75).then(planned(model, inputs))
     else:
         plan = planned(model, inputs)
     tp_amp.apply_plan(model, plan)
@@ -73,6 +77,7 @@ def test_it_opens_where_this_package_is_not(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_family_opens_where_this_package_is_not(tmp_path: Path) -> None:
     names = [name for name in (*hugging_face_models(), *MODELS) if name not in QUICK]
+    names += [f"{name}{STREAM}" for name in STREAMS]
     assert otherwise_elsewhere(names, tmp_path) == []
 
 
@@ -173,6 +178,48 @@ def test_without_remote_code_transformers_says_what_to_pass(tmp_path: Path) -> N
         transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=False)
 
 
+@pytest.mark.parametrize("name", ["hf_vit", f"hf_vit{STREAM}"])
+def test_it_is_opened_for_more_classes(name: str, tmp_path: Path) -> None:
+    """As for training on another task; only what was cut is as narrow as recorded."""
+    model, inputs, plan = cut(name)
+    tp_amp.save_pruned(model, tmp_path, plan, library="transformers")
+    opener = transformers.AutoModelForImageClassification.from_pretrained
+    options = {"num_labels": 9, "ignore_mismatched_sizes": True}
+    again = opener(tmp_path, trust_remote_code=True, **options)
+    assert run(again, inputs).shape[-1] == 9
+    for path, kept in model.named_parameters():
+        if "classifier" not in path:
+            assert torch.equal(again.get_parameter(path), kept)
+
+
+def test_where_it_was_loaded_from_is_not_told(tmp_path: Path) -> None:
+    """Folders are sent to others; the library's own files don't tell it either."""
+    made("hf_vit")[0].save_pretrained(tmp_path / "of_mine")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "of_mine").eval()
+    inputs = made("hf_vit")[1]
+    plan = planned(model, inputs)
+    tp_amp.apply_plan(model, plan)
+    tp_amp.save_pruned(model, tmp_path / "small", plan, library="transformers")
+    for path in (tmp_path / "small").iterdir():
+        assert b"of_mine" not in path.read_bytes()
+
+
+def test_a_processor_of_texts_too_is_refused(tmp_path: Path) -> None:
+    """Its files are more than a save knows of."""
+    model, _, plan = cut("hf_vit")
+
+    class Both:
+        image_processor = transformers.ViTImageProcessor()
+
+        def save_pretrained(self, folder: Path) -> None:
+            raise AssertionError
+
+    options: Any = {"library": "transformers", "processor": Both()}
+    with pytest.raises(TypeError, match="found a Both; pass its image_processor, and save the"):
+        tp_amp.save_pruned(model, tmp_path / "small", plan, **options)
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_image_processor_lies_in_the_folder(tmp_path: Path) -> None:
     model, _, plan = cut("hf_vit")
     size = {"height": 32, "width": 32}
@@ -193,8 +240,13 @@ def test_the_processor_of_the_checkpoint_is_taken_along(tmp_path: Path) -> None:
     plan = planned(model, inputs)
     tp_amp.apply_plan(model, plan)
     tp_amp.save_pruned(model, tmp_path / "small", plan, library="transformers")
-    found = transformers.AutoImageProcessor.from_pretrained(tmp_path / "small")
-    assert found.size["height"] == 32
+    again = tp_amp.create_model(tmp_path / "small")
+    plan = plan.then(narrower := planned(again, inputs))
+    tp_amp.apply_plan(again, narrower)
+    tp_amp.save_pruned(again, tmp_path / "smaller", plan, library="transformers")
+    for folder in ("small", "smaller"):
+        found = transformers.AutoImageProcessor.from_pretrained(tmp_path / folder)
+        assert found.size["height"] == 32
 
 
 def test_what_the_configuration_does_not_build_is_told_and_nothing_written(tmp_path: Path) -> None:
@@ -239,7 +291,7 @@ def test_sizes_are_recorded_for_those_who_read_the_configuration(tmp_path: Path)
     tp_amp.save_pruned(model, tmp_path, plan, library="transformers")
     record = json.loads((tmp_path / "config.json").read_text())["pruned_layers"]
     down = next(name for name, site in plan.sites.items() if isinstance(site, tp_amp.MLP))
-    assert record[down] == {"attributes": {"in_features": 40}, "tensors": {"weight": [32, 40]}}
+    assert record[down] == {"attributes": {"in_features": 40}, "tensors": {"weight": [None, 40]}}
     # The MLP's two; q, k, v and the projection; and what counts the heads.
     assert 2 * (2 + 4) < len(record) <= 2 * (2 + 6)
 

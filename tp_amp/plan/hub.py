@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tp_amp.plan.file_names import FILES, PLAN, SOURCE, WEIGHTS, written_files
 
@@ -20,7 +21,8 @@ def push_to_hub(
     """Send a folder of `save_pruned` to the Hugging Face Hub.
 
     `create_model("hf-hub:USER/NAME")` brings it back, whatever the library. Only the files that
-    `save_pruned` wrote are sent, not what else lies in the folder, of such a name or another.
+    `save_pruned` wrote are sent, not what else lies in the folder, of such a name or another. What
+    an earlier folder left in the repository and this one has not is deleted there.
 
     Args:
         folder: from `save_pruned`.
@@ -51,13 +53,25 @@ def push_to_hub(
             raise ValueError(f"{folder} holds no {name}; it is no folder of save_pruned")
     hub = HfApi(token=token)
     hub.create_repo(repository, private=private, exist_ok=True)
+    sent = {SOURCE} | written_files(Path(folder))
     commit = hub.upload_folder(
         repo_id=repository,
         folder_path=Path(folder),
-        allow_patterns=[SOURCE, *sorted(written_files(Path(folder)))],
+        allow_patterns=sorted(sent),
+        delete_patterns=sorted(_sent_before(hub, repository) - sent),
         commit_message="A model pruned by tp_amp",
     )
     return str(commit.commit_url)
+
+
+def _sent_before(hub: Any, repository: str) -> set[str]:
+    """The files of a repository that an earlier folder left there, so that none is read as new."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return written_files(Path(hub.hf_hub_download(repository, SOURCE)).parent)
+    except EntryNotFoundError:
+        return set()
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:

@@ -97,6 +97,8 @@ def create_model(folder: str | os.PathLike[str]) -> nn.Module:
         model = build_dense(source, folder)
     give_dtypes(model, source)
     load_pruned(model, folder)
+    if source["library"] == "transformers":
+        model.config.name_or_path = str(folder)  # type: ignore[union-attr]  # as from_pretrained does
     return model
 
 

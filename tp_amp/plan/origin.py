@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.plan.cutting import check_fits
+from tp_amp.plan.applying import planned_sites
+from tp_amp.plan.cutting import check_fits, cut_all
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.sharing.dense_models import dense_sizes
 from tp_amp.sharing.transformers_files import dense_attention, dense_config
+from tp_amp.structure.model_structure import ModelStructure
 from tp_amp.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,36 @@ def dense_for(source: dict[str, Any], plan: PruningPlan) -> nn.Module | None:
                 f"{error}; of a model that was cut before, save first.then(later)"
             ) from error
     return dense
+
+
+def check_comes_back(
+    dense: nn.Module, model: nn.Module, plan: PruningPlan, source: dict[str, Any]
+) -> None:
+    """Raise ValueError if the dense model, cut to a plan, is of other sizes than the pruned one.
+
+    Args:
+        dense: that a library builds, for its sizes; a copy is cut.
+        model: pruned.
+        plan: that it was pruned to.
+        source: as in source.json.
+    """
+    again = copy.deepcopy(dense)
+    structure = ModelStructure(again, ())
+    cut_all(structure.graph, planned_sites(structure, plan), plan.keep)
+    there, here = (
+        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
+        for each in (again, model)
+    )
+    # What compensation adds is made when weights are loaded.
+    added = {f"{n}.bias" for n, module in again.named_modules() if hasattr(module, "weight")}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name) and (name in there or name not in added):
+            raise ValueError(
+                f"{name} is {here.get(name, 'missing')} in the model and "
+                f"{there.get(name, 'missing')} in the {source['name']} that {source['library']} "
+                "builds with these arguments, cut to the plan; pass the arguments that the dense "
+                "model was built with, or leave library out and load the folder by load_pruned"
+            )
 
 
 def library_versions(model: nn.Module) -> dict[str, str]:

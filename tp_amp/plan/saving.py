@@ -13,7 +13,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from tp_amp.plan.file_names import CARD, PLAN, PROCESSOR, SOURCE, WEIGHTS, written_files
-from tp_amp.plan.origin import dense_for, origin
+from tp_amp.plan.origin import check_comes_back, dense_for, origin
 from tp_amp.plan.pruning_plan import PruningPlan, check_plan
 from tp_amp.reports.report import Report
 from tp_amp.running.checkpoint import write_atomically
@@ -58,15 +58,16 @@ def save_pruned(
             model.
         arguments: further arguments of `timm.create_model` or `open_clip.create_model`.
         processor: the image processor of a transformers model, saved beside it. Left out, it is
-            that of the checkpoint which the model was loaded from, if it is on this machine.
+            that of the checkpoint which the model was loaded from, if it is on this machine. Of a
+            processor of images and texts pass its `image_processor`.
         report: of `plan.report`, for the model card in README.md.
 
     Raises:
         ValueError: the plan is not that of the model, does not know its layers (made by hand and
             never applied), or the library is another; the folder holds files of these names that
-            are of no earlier save; or the model differs from what the
-            configuration builds by more than the cut, or the library builds another dense model
-            than the plan is for. Nothing is then written.
+            are of no earlier save; or the model differs from what the configuration, or the
+            library with these arguments, builds by more than the cut. Nothing is then written.
+        TypeError: the processor is no image processor.
 
     Example:
         >>> import tempfile, timm, torch, tp_amp
@@ -90,6 +91,11 @@ def save_pruned(
         raise ValueError(f"library must be one of {_LIBRARIES}, found {library!r}")
     if processor is not None and library != "transformers":
         raise ValueError(f"processor is for models of transformers; library is {library!r}")
+    if arguments and library in (None, "transformers"):
+        raise ValueError(
+            f"arguments are for models of timm and open_clip; library is {library!r}, found "
+            f"{arguments}"
+        )
     if library == "transformers":
         name = name or class_name(model)
     elif library is not None and not name:
@@ -101,6 +107,8 @@ def save_pruned(
     source = origin(model, library, name, arguments)
     dense = dense_for(source, plan) if library else None
     texts = _texts(model, plan, source, dense, report or plan.report()) if library else {}
+    if dense is not None:
+        check_comes_back(dense, model, plan, source)
     texts |= {PLAN: plan.to_json()}
     prepares = image_processor(processor, model) if library == "transformers" else None
     written = {WEIGHTS, *texts} | ({PROCESSOR} if prepares else set())

@@ -20,7 +20,8 @@ def cut_again(
 
     Args:
         model: dense.
-        layers: path of a layer -> its `attributes`, the shapes of its `tensors`, and what else it
+        layers: path of a layer -> its `attributes`, the shapes of its `tensors` (None where
+            a side was not cut), and what else it
             became, by the name of a form.
         forms: name -> what turns a layer into one of that form.
 
@@ -44,12 +45,16 @@ def cut_again(
                 form(layer, record[name])
 
 
-def _resize(layer: nn.Module, name: str, shape: list[int]) -> None:
-    """Keep the first entries of a tensor; a bias that the dense layer has not begins at zero."""
+def _resize(layer: nn.Module, name: str, shape: list[int | None]) -> None:
+    """Keep the first entries of a tensor, all where None stands.
+
+    A bias that the dense layer has not begins at zero.
+    """
     held: Any = getattr(layer, name, None)
     if held is None:
         weight: Any = layer.weight
-        layer.register_parameter(name, nn.Parameter(weight.new_zeros(shape)))
+        sizes = [size or len(weight) for size in shape]
+        layer.register_parameter(name, nn.Parameter(weight.new_zeros(sizes)))
         return
     first = held.detach()[tuple(slice(size) for size in shape)].clone()
     if name in layer._buffers:

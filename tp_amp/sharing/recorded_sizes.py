@@ -20,7 +20,8 @@ def recorded_sizes(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, An
         model: the same, pruned.
 
     Returns:
-        Path of a layer -> its `attributes`, the shapes of its `tensors`, and what else it became.
+        Path of a layer -> its `attributes`, the shapes of its `tensors`, None where a side was not
+        cut (a head of more classes may be built then), and what else it became.
 
     Raises:
         ValueError: the model has layers, weights or sizes that no cut leaves behind.
@@ -58,22 +59,25 @@ def _numbers(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-def _shapes(path: str, built: nn.Module, layer: nn.Module) -> dict[str, list[int]]:
+def _shapes(path: str, built: nn.Module, layer: nn.Module) -> dict[str, list[int | None]]:
     """The shapes of tensors that were cut, or are a bias that was not there."""
     old, new = _tensors(built), _tensors(layer)
     changed = {name: list(t.shape) for name, t in new.items() if _shape(old, name) != t.shape}
     for name in old.keys() ^ new.keys():
         if name != "bias" or name in old:
             raise ValueError(f"{path}.{name} is in one of dense and pruned model; {_REMEDY}")
+    sides: dict[str, list[int | None]] = {}
     for name, shape in changed.items():
-        dense = _shape(old, name) or shape
+        # A bias that is added is as long as the weight.
+        dense = _shape(old, name) or list(old["weight"].shape[:1])
         if len(dense) != len(shape) or any(a > b for a, b in zip(shape, dense, strict=True)):
             raise ValueError(
                 f"{path}.{name} is {tuple(shape)}, {tuple(dense)} in the dense model; {_REMEDY}"
             )
         if name in layer._non_persistent_buffers_set:
             raise ValueError(f"{path}.{name} was cut and is no weight, so that no file can hold it")
-    return changed
+        sides[name] = [a if a < b else None for a, b in zip(shape, dense, strict=True)]
+    return sides
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> Any:

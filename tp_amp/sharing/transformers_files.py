@@ -45,12 +45,21 @@ def dense_config(model: nn.Module, name: str) -> dict[str, Any]:
 
     config: Any = model.config
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    _forget_places(values)
     values.pop(_ATTENTION, None)
     if values.pop(_RECORD, None) is not None:
         values.pop("auto_map", None)
         values["model_type"] = getattr(transformers, name).config_class.model_type
         values["architectures"] = [name]
     return values
+
+
+def _forget_places(values: dict[str, Any]) -> None:
+    """Take out where models were loaded from, a path of the user's maybe, as transformers does."""
+    values.pop("_name_or_path", None)
+    for part in values.values():
+        if isinstance(part, dict):
+            _forget_places(part)
 
 
 def dense_attention(model: nn.Module) -> str | None:
@@ -120,12 +129,16 @@ def image_processor(processor: Any, model: nn.Module) -> Any:
     Nothing is fetched.
 
     Raises:
-        TypeError: what is given can't be saved.
+        TypeError: what is given is none.
     """
-    if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if processor is not None and not isinstance(processor, ImageProcessingMixin):
+        part = getattr(processor, "image_processor", None)
+        remedy = "; pass its image_processor, and save the rest yourself" if part else ""
         raise TypeError(
-            f"processor must be an image processor of transformers, found a "
-            f"{type(processor).__name__}"
+            "processor must be an image processor of transformers, found a "
+            f"{type(processor).__name__}{remedy}"
         )
     if processor is None and (origin := getattr(model.config, "_name_or_path", "")):
         from transformers import AutoImageProcessor
