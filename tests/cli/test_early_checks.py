@@ -16,6 +16,10 @@ pytestmark = pytest.mark.usefixtures("here")
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no weights": ([*PRUNE, "--weights", "w.pt"], r"no such file: w\.pt; --weights takes"),
+    "no such folder": (
+        ["inspect", "./small/"],
+        r"\./small/ is no folder; see tp-amp inspect --help",
+    ),
     "no photographs": ([*without("--data", *PRUNE), "--data", "photos"], r"folder: photos; --data"),
     "a full folder": ([*without("--output", *PRUNE), "--output", "full"], r"full is not empty"),
     "a file": ([*without("--output", *PRUNE), "--output", "full/a.txt"], r"is a file; pass a fol"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -55,3 +57,16 @@ def test_where_nothing_can_be_told_the_model_still_runs() -> None:
     )
     with pytest.raises(ValueError, match="the model failed"):
         profiled(model, Inputs((torch.ones(1, 3, device="meta"),)), torch.device("meta"))
+
+
+def test_the_terminal_stays_empty() -> None:
+    """The profiler tells of itself, and of GPUs that it does not find, in a process's first use."""
+    code = (
+        "import torch, tp_amp\n"
+        "print(tp_amp.measure(torch.nn.Linear(4, 4), [torch.randn(2, 4)]).activations)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stderr == ""
+    assert int(done.stdout) > 0

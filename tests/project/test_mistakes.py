@@ -81,6 +81,27 @@ class Place(NamedTuple):
 Call = Callable[[Place], Any]
 # What is called, the error, and what its message says.
 MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
+    # What is no dict, text, measurement or sequence.
+    "numbers of heads for no module": (
+        lambda p: tp_amp.find_attentions(p.model, p.x, num_heads=3),
+        TypeError,
+        r"num_heads must be a dict from modules to their numbers of heads, found a int",
+    ),
+    "a plan of a dict": (
+        lambda p: tp_amp.PruningPlan.from_json({}),
+        TypeError,
+        r"a plan is read from the text of its file, found a dict",
+    ),
+    "a report of numbers": (
+        lambda p: tp_amp.PruningPlan({}).report(1, 2),
+        TypeError,
+        r"before must be what tp_amp\.measure returns, found a int",
+    ),
+    "one batch size": (
+        lambda p: tp_amp.measure(p.model, p.loader, batch_sizes=8),
+        TypeError,
+        r"batch_sizes must be some sizes, such as \(1, 8\), found 8",
+    ),
     # A size to prune to.
     "target of an unknown kind": (
         lambda p: p.plan_for({"flops": 0.7}),

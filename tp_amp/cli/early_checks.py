@@ -33,6 +33,8 @@ def check_early(options: Namespace) -> None:
         name, what = _STUDENTS[options.command]
         if not (Path(options.folder) / name).is_file():
             raise ValueError(f"{options.folder} holds no {name}; {what}")
+    if given.get("model"):
+        _check_folder(options.model)
     if given.get("plot"):
         _check_plot(Path(options.plot))
     if given.get("weights") and given.get("pretrained"):
@@ -43,6 +45,13 @@ def check_early(options: Namespace) -> None:
         )
     if given.get("data"):
         check_place(options.data)
+
+
+def _check_folder(model: str) -> None:
+    """Raise ValueError for what is written as a path and is no folder of a saved model."""
+    written = model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/")
+    if written and not Path(model).is_dir():
+        raise ValueError(f"{model} is no folder; see tp-amp inspect --help for what a model is")
 
 
 def _check_pruning(options: Namespace) -> None:

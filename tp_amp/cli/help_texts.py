@@ -32,7 +32,8 @@ MODEL is one of
   timm:NAME             timm:vit_base_patch16_224
   open_clip:NAME[/TAG]  open_clip:ViT-B-32/laion2b_s34b_b79k (its image tower)
   hf:NAME               hf:facebook/dinov2-base, or a folder with a config.json
-  FOLDER                made by tp-amp prune
+  FOLDER                made by tp-amp prune or save_pruned
+  hf-hub:USER/NAME      such a folder on the Hugging Face Hub
 Its weights are random unless --pretrained fetches the library's own or --weights FILE loads yours.
 """
 DATA = """\

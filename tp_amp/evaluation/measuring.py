@@ -129,6 +129,8 @@ def _measure(
     progress: bool,
 ) -> list[Measurement]:
     check_whole(repeats=repeats)
+    if isinstance(batch_sizes, (int, str)):
+        raise TypeError(f"batch_sizes must be some sizes, such as (1, 8), found {batch_sizes!r}")
     for size in batch_sizes:
         check_whole(batch_sizes=size)
     for model in models:

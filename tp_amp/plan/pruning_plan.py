@@ -67,10 +67,16 @@ class PruningPlan:
 
         Raises:
             ValueError: the two were not measured under the same conditions, on as many images.
+            TypeError: one is no measurement.
 
         Example:
             See `Report` and `measure_both`.
         """
+        for name, side in (("before", before), ("after", after)):
+            if side is not None and not isinstance(side, Measurement):
+                raise TypeError(
+                    f"{name} must be what tp_amp.measure returns, found a {type(side).__name__}"
+                )
         if before and after and _alike(before) != _alike(after):
             raise ValueError(
                 f"before was measured with {_alike(before)}, after with {_alike(after)}; "
@@ -152,7 +158,12 @@ class PruningPlan:
 
         Raises:
             ValueError: the text is not such a plan, or of a newer format.
+            TypeError: it is no text.
         """
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(
+                f"a plan is read from the text of its file, found a {type(text).__name__}"
+            )
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:

@@ -135,8 +135,13 @@ def _activations(measured: Measurement) -> tuple[float, str] | None:
 
 
 def _exported(measured: Measurement) -> tuple[float, str] | None:
+    """With how many they are less, or more, than the model's, which are then not all read."""
     found = measured.exported_parameters
-    return None if found is None else (found, _short(found))
+    if found is None:
+        return None
+    other = found - measured.parameters
+    what = f"{abs(other):,} {'more' if other > 0 else 'fewer'} than the model" if other else "all"
+    return found, f"{_short(found)} ({what})"
 
 
 def _fused(measured: Measurement) -> tuple[float, str] | None:

@@ -1,8 +1,8 @@
 """What of a model can be cut, together with what?
 
-`graph` traces a model once (`nodes` reads it), and `mlps` reads its MLPs off the graph: `segments`
-proves them by gradients, `adapters` knows LoRA, `fused` timm's parallel blocks, and `mlp_cuts` is
-the record, the cut, and by running the proof that the model goes on with it. `residual` tells those
+`graph` traces a model once (`nodes` reads it), and `mlps` reads its MLPs off the graph: `proofs`
+holds what must be true of them, `fused` knows timm's parallel blocks, and `mlp_cuts` is the record,
+the cut, and by running the proof that the model goes on with it. `residual` tells those
 of blocks from those of heads and embeddings. `attention` finds the heads.
 `model_structure` holds all that was read of one model and is handed on. `groups` walks Torch-
 Pruning's groups layer by layer, `chain` finds the modules that run one after another, `macs`

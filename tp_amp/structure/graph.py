@@ -56,6 +56,7 @@ class TracedGraph:
         values: runs the model for calls with values, if it was traced without any.
         changed: layers whose output is a view that is changed in place.
         real: the model's own parameter behind each that autograd knows, if these are others.
+        example: the example inputs as they were given, and what calls the model on them.
     """
 
     calls: dict[nn.Module, Call]
@@ -65,6 +66,7 @@ class TracedGraph:
     values: Callable[[], dict[nn.Module, Call]] | None = None
     changed: Sequence[nn.Module] = ()
     real: Mapping[Any, Any] = field(default_factory=dict)
+    example: tuple[Any, Callable[..., Any] | None] = (None, None)
 
     def with_values(self) -> dict[nn.Module, Call]:
         """The calls with values, where the model has any; they are recorded once."""
@@ -211,6 +213,7 @@ def build_graph(
     shapes_alone = any(call.input.is_meta for call in traced.calls.values())
     if shapes_alone and not _has_no_values(model):
         traced.values = partial(_record_values, model, inputs, forward_fn, traced.changed)
+    traced.example = example_inputs, forward_fn
     return traced
 
 

@@ -13,13 +13,14 @@ from torch_pruning import ops
 
 from tp_amp.running.checks import remade
 from tp_amp.running.ties import shared_parameters, told_apart
-from tp_amp.structure.adapters import adapted_layer
 from tp_amp.structure.fused import FusedParts, fused_parts
 from tp_amp.structure.graph import TracedGraph, build_graph
 from tp_amp.structure.mlp_cuts import MLP as MLP
 from tp_amp.structure.mlp_cuts import failures
 from tp_amp.structure.nodes import is_operation, is_projection, keeps_channels, outputs
-from tp_amp.structure.segments import NotAnMLP, attends, check_apart, check_segment
+from tp_amp.structure.proofs.adapters import adapted_layer, wrapper
+from tp_amp.structure.proofs.masked_values import differences
+from tp_amp.structure.proofs.segments import NotAnMLP, attends, check_apart, check_segment
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
         example_inputs: a tensor `(images, ...)`, a tuple of arguments or a dict of keyword
             arguments that the model can be called with; one image is enough.
 
-    That the model runs with a channel less of each is tried. Low-rank adapters are no MLPs.
+    That the model runs with a channel less of each is tried, and that a copy of the module around
+    it gives what it gives with the same channels zeroed. Low-rank adapters are no MLPs.
 
     Raises:
         ValueError: the model fails on `example_inputs`, or layers of an MLP have low-rank adapters
@@ -96,8 +98,14 @@ def read_mlps(
         also = f"; so do {', '.join(others)}, which share others" if others else ""
         logger.warning("the MLP %s stays whole: %s%s", name, whole[name], also)
     failed = failures(list(found.values()), traced)
+    failed |= differences([mlp for mlp in found.values() if mlp.down not in failed], traced)
     for mlp in [found.pop(model.get_submodule(down)) for down in failed]:
         reasons |= dict.fromkeys(map(model.get_submodule, mlp.up), failed[mlp.down])
+    for layer in reasons.keys() & names.keys():
+        if holder := wrapper(model, names[layer]):
+            reasons[layer] = (
+                f"it has adapters ({holder}); merge them first (PEFT: merge_and_unload())"
+            )
     return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
 
 

@@ -84,11 +84,12 @@ def _zeroed(model: nn.Module, attention: Attention, heads: list[int]) -> Iterato
     keep = rows(others, attention.width, attention.head_width)
     paths = {tensor.path for tensor in attention.tensors}
     norms = [m for n, m in norms_over_heads(model, attention) if f"{n}.weight" in paths]
-    with hooks(norm.register_forward_hook(_normalising(norm, keep)) for norm in norms):
+    with hooks(norm.register_forward_hook(masked_norm(norm, keep)) for norm in norms):
         yield
 
 
-def _normalising(norm: nn.Module, keep: list[int]) -> Callable[..., Tensor]:
+def masked_norm(norm: nn.Module, keep: list[int]) -> Callable[..., Tensor]:
+    """A hook by which a norm sees some channels alone, and gives zero for the others."""
     narrow = copy.deepcopy(norm)
     for name, parameter in norm.named_parameters():
         setattr(narrow, name, nn.Parameter(parameter[keep]))

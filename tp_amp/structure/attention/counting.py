@@ -25,9 +25,15 @@ class HeadCounts:
 
     Raises:
         ValueError: a key is no module of the model, or a number is not positive.
+        TypeError: it is no dict.
     """
 
     def __init__(self, model: nn.Module, told: Mapping[nn.Module, int] | None = None) -> None:
+        if told is not None and not isinstance(told, Mapping):
+            raise TypeError(
+                "num_heads must be a dict from modules to their numbers of heads, found a "
+                f"{type(told).__name__}"
+            )
         self._told: dict[nn.Module, int] = {}
         self._made_by: dict[nn.Module, tuple[str, ...]] = {}
         names = {module: name for name, module in model.named_modules()}

@@ -137,3 +137,22 @@ def test_peft(targets: list[str] | str, dora: bool) -> None:
     with pytest.raises(ValueError, match="merge_and_unload"):
         tp_amp.find_mlps(wrapped, pictures)
     assert len(tp_amp.find_mlps(wrapped.merge_and_unload(), pictures)) == 1
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "IA3Config", "OFTConfig"])
+def test_adapters_that_are_no_layers_are_told(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    import timm
+
+    sizes = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, **sizes)
+    options = {"feedforward_modules": ["fc2"]} if kind == "IA3Config" else {}
+    config = getattr(peft, kind)(target_modules=["fc1", "fc2"], **options)
+    wrapped = peft.get_peft_model(model, config)
+    pictures = torch.randn(1, 3, 32, 32)
+    found = tp_amp.inspect(wrapped, pictures)
+    assert not found.mlps
+    [reason] = [why for name, why in found.kept_layers.items() if "mlp.fc1" in name]
+    assert "it has adapters (" in reason
+    assert "merge_and_unload()" in reason
+    assert len(tp_amp.find_mlps(wrapped.merge_and_unload(), pictures)) == 1

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a layer (LoRA, DoRA and the like), known by their structure."""
+"""Adapters of a layer: low-rank ones (LoRA, DoRA) by structure, and others by who holds it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ def adapted_layer(first: Any, second: Any) -> nn.Module | None:
             if (_inputs(module), outputs(module)) == ends and set(producers(node)) == read:
                 return module  # type: ignore[no-any-return]
     return None
+
+
+def wrapper(model: nn.Module, name: str) -> str | None:
+    """The class of what holds a layer with adapters of another kind (LoHa, IA3, OFT), if any does.
+
+    They are known by PEFT's convention: the layer is its holder's `base_layer`, which can merge.
+    """
+    path, _, last = name.rpartition(".")
+    holder = model.get_submodule(path)
+    wraps = last == "base_layer" and callable(getattr(holder, "merge", None))
+    return type(holder).__name__ if wraps else None
 
 
 def _inputs(module: Any) -> int:

@@ -1,0 +1,110 @@
+"""Check by values that hidden channels can be cut from an MLP."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_amp.running.inputs import Inputs
+from tp_amp.running.restoring import evaluating, hooks
+from tp_amp.structure.attention.checking import (
+    TOLERANCE,
+    distance,
+    first_output,
+    in_double,
+    masked_norm,
+    noisy_copy,
+)
+from tp_amp.structure.attention.finding import record_calls
+from tp_amp.structure.attention.repeats import call_form
+from tp_amp.structure.graph import TracedGraph, untraced_graph
+from tp_amp.structure.mlp_cuts import MLP, mlp_group
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def differences(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:
+    """Tell which MLPs give something else once they are cut than with their channels masked.
+
+    A forward pass may read how wide its layers are, or give channels a meaning by their place: then
+    the model runs once they are cut, and is wrong. A copy of the module at an MLP's `name`, in
+    double precision and with noise on all parameters, loses half of the channels, and must give
+    what it gives with these zeroed before `down`. Modules that are alike are checked once. What a
+    copy can't tell (it does not run alone, or gives something else each time) counts as right.
+
+    Returns:
+        `down` of each MLP that differs -> why.
+    """
+    model: nn.Module = traced.graph.model
+    if not mlps or any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    owners = {mlp.name: model.get_submodule(mlp.name) for mlp in mlps}
+    found: dict[str, str] = {}
+    judged: dict[Any, str | None] = {}
+    with evaluating(model, trainable=False):
+        calls = record_calls(model, owners, *traced.example)
+        for mlp in mlps:
+            inside = _inside(mlp)
+            for inputs in calls.get(mlp.name, []):
+                form = inside, call_form(owners[mlp.name], inputs)
+                if form not in judged:
+                    judged[form] = _difference(owners[mlp.name], inputs, inside)
+                if reason := judged[form]:
+                    found[mlp.down] = reason
+                    logger.debug("%s is no MLP that can be cut: %s", mlp.down, reason)
+    return found
+
+
+def _inside(mlp: MLP) -> MLP:
+    """The MLP with paths as seen from the module at its name."""
+    start = len(mlp.name) + 1 if mlp.name else 0
+    up, inner = (tuple(name[start:] for name in names) for names in (mlp.up, mlp.inner))
+    return replace(mlp, name="", up=up, inner=inner, down=mlp.down[start:])
+
+
+def _difference(owner: nn.Module, inputs: Inputs, mlp: MLP) -> str | None:
+    order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0)).tolist()
+    dropped, kept = sorted(order[: mlp.width // 2]), sorted(order[mlp.width // 2 :])
+    try:
+        model = noisy_copy(owner)
+        inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
+        dense = first_output(inputs, model)
+        zeroed, narrow = copy.deepcopy(model), copy.deepcopy(model)
+        with ExitStack() as stack:
+            _zero(zeroed, mlp, dropped, kept, stack)
+            expected = first_output(inputs, zeroed)
+            again = first_output(inputs, zeroed)
+        mlp_group(untraced_graph(narrow), mlp, dropped).prune(record_history=False)
+        found = first_output(inputs, narrow)
+    except Exception as error:
+        logger.debug("a copy of what holds %s can't be compared: %s", mlp.down, error)
+        return None
+    change = distance(dense, expected)
+    if distance(again, expected) > TOLERANCE * change or change < 10 * TOLERANCE:
+        return None
+    if distance(found, expected) <= TOLERANCE * min(1.0, change):
+        return None
+    return (
+        f"with {len(kept)} of {mlp.width} channels it does not give what it gives with the others "
+        "zeroed: its forward pass knows their number or their places"
+    )
+
+
+def _zero(
+    model: nn.Module, mlp: MLP, dropped: list[int], kept: list[int], stack: ExitStack
+) -> None:
+    """Take channels from what reads them; norms over all channels see the others only."""
+    weight: Any = model.get_submodule(mlp.down).weight
+    weight.data[:, [mlp.first + channel for channel in dropped]] = 0
+    inner = [model.get_submodule(name) for name in mlp.inner]
+    norms = [norm for norm in inner if not isinstance(norm, (nn.Conv2d, nn.BatchNorm2d))]
+    stack.enter_context(hooks(n.register_forward_hook(masked_norm(n, kept)) for n in norms))
