@@ -121,8 +121,7 @@ def onnxruntime_dynamic(model: nn.Module, batches: Batches) -> Call:
             path,
             op_types_to_quantize=LAYERS,
             per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,
         )
         return session(path)
 
@@ -147,17 +146,16 @@ def onnxruntime_static(model: nn.Module, batches: Batches) -> Call:
             Reader(name),
             op_types_to_quantize=LAYERS,
             per_channel=True,
-            reduce_range=True,
             activation_type=QuantType.QUInt8,
             extra_options={"MatMulConstBOnly": True},  # not the products inside of attentions
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,
         )
         return session(path)
 
 
 LAYERS = ["MatMul", "Gemm"]
-# `reduce_range`: weights in seven bits, since CPUs without VNNI add two products of eight bits each
-# into sixteen, which overflows.
+# Weights are unsigned: CPUs without VNNI add two products of an unsigned and a signed number of
+# eight bits into sixteen, which overflows.
 
 
 def prepared_onnx(model: nn.Module, batches: Batches, path: Path) -> str:
