@@ -4,7 +4,8 @@
 
 The two reference models are cut to shares of all their parameters, by `plan_for_target` with
 several `widths`, and every Linear is fitted. Channels inside heads are cut in the coordinates of
-`rotate_heads`, those of streams in the coordinates of `rotate`. Mean and deviation over three draws
+`rotate_heads`, those of streams in the coordinates of `rotate`. Refined is a kind of its own, which
+is measured where `--kinds` names it. Mean and deviation over three draws
 of unlabelled images, and the nats that the plans foresee to be lost beside those that are lost.
 Writes results/widths.json after each cell, and the table of the documentation; cells that are there
 already are not measured again. `--data` is as for train_reference.py.
@@ -44,7 +45,9 @@ KINDS = {
     "MLPs, qk": ("mlp", "qk"),
     "MLPs, qk, vo": ("mlp", "qk", "vo"),
     "MLPs, qk, vo, stream": ("mlp", "qk", "vo", "stream"),
+    "MLPs, qk, vo, stream, refined": ("mlp", "qk", "vo", "stream"),
 }
+PASSES = 20  # of refining
 SIZES = (0.6, 0.5, 0.4, 0.3)
 
 
@@ -62,14 +65,15 @@ class Draw:
         for model in (self.heads, self.all):
             tp_amp.rotate_heads(model, self.example, batches, progress=False)
 
-    def cut(self, kinds: Sequence[str], size: float) -> tuple[nn.Module, float]:
+    def cut(self, kinds: Sequence[str], size: float, refine: int) -> tuple[nn.Module, float]:
         """The model at a share of its parameters, and the nats that its plan foresees to lose."""
         model = copy.deepcopy(self.all if "stream" in kinds else self.heads)
         target = {"params": size}
         plan = tp_amp.plan_for_target(model, self.example, self.importance, target, widths=kinds)
         found = self.importance.foreseen(model, list(plan.sites.values()))
         lost = sum(float(found[name].errors[width]) for name, width in plan.widths.items())
-        tp_amp.compensate(model, plan, self.batches, every_linear=True, progress=False)
+        options: Any = {"every_linear": True, "refine": refine, "progress": False}
+        tp_amp.compensate(model, plan, self.batches, **options)
         return model, lost
 
 
@@ -89,7 +93,7 @@ def measure(name: str, options: Any, test: tuple[Tensor, Tensor], record: dict[s
     found = record["models"].setdefault(name, {"dense": accuracy(dense, *test), "rows": {}})
     train = load_split(options.data, "train")
     draws: list[Draw] = []
-    for size, kind in itertools.product(SIZES, KINDS):
+    for size, kind in itertools.product(options.sizes, options.kinds):
         row = found["rows"].setdefault(f"{size:g}", {})
         if kind in row:
             continue
@@ -99,7 +103,8 @@ def measure(name: str, options: Any, test: tuple[Tensor, Tensor], record: dict[s
         values: dict[str, list[float]] = {"accuracy": [], "foreseen": [], "lost": []}
         for draw in draws:
             try:
-                cut, lost = draw.cut(KINDS[kind], size)
+                refine = PASSES if kind.endswith("refined") else 0
+                cut, lost = draw.cut(KINDS[kind], size, refine)
             except ValueError as error:
                 if not is_out_of_reach(error):
                     raise
@@ -115,12 +120,14 @@ def report(record: dict[str, Any] | None) -> str:
     """What a person reads: one Markdown table of both models."""
     if record is None:
         return NOT_RUN
-    rows = [["model", "parameters kept", *KINDS], ["---"] * (2 + len(KINDS))]
+    measured = [row for found in record["models"].values() for row in found["rows"].values()]
+    kinds = [kind for kind in KINDS if any(kind in row for row in measured)]
+    rows = [["model", "parameters kept", *kinds], ["---"] * (2 + len(kinds))]
     for name, found in record["models"].items():
         whole = f"{100 * found['dense']:.1f}"
-        rows.append([name, "100 % (dense)", whole, *[""] * (len(KINDS) - 1)])
+        rows.append([name, "100 % (dense)", whole, *[""] * (len(kinds) - 1)])
         for size, row in found["rows"].items():
-            cells = [told(row.get(kind)) for kind in KINDS]
+            cells = [told(row.get(kind)) for kind in kinds]
             rows.append([name, f"{100 * float(size):.0f} %", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -139,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure, print and write."""
     parser = draws_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=["vit", "swin"])
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="parameters kept")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS)[:-1])
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     test = load_test(options.data, options.test_images)

@@ -16,8 +16,8 @@ from random_data import random_images, random_labels, random_reference, write_pa
 def test_widths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(widths, "SIZES", (0.7, 0.01))
-    for kind in ("MLPs, heads", "MLPs, qk", "MLPs, qk, vo"):  # the others hold all that these do
+    monkeypatch.setattr(widths, "PASSES", 1)
+    for kind in list(widths.KINDS)[1:-1]:  # the last one holds all that these do
         monkeypatch.delitem(widths.KINDS, kind)
     model = random_reference("vit")
     reference.save_reference(model, "vit", {}, tmp_path)
@@ -25,6 +25,7 @@ def test_widths(
         write_parquet(tmp_path, split, random_images(count, 0), random_labels(count, 0))
     arguments = ["--data", str(tmp_path), "--checkpoints", str(tmp_path), "--output", str(tmp_path)]
     command = [*arguments, "--models", "vit", "--seeds", "0", "1", "--images", "16"]
+    command += ["--sizes", "0.7", "0.01", "--kinds", *widths.KINDS]
     widths.main(command)
     record = json.loads((tmp_path / "widths.json").read_text())
     first = widths.report(record)
