@@ -39,15 +39,15 @@ from torch import Tensor, nn
 
 import tp_amp
 
-KINDS = {
-    "MLPs": ("mlp",),
-    "MLPs, heads": ("mlp", "heads"),
-    "MLPs, qk": ("mlp", "qk"),
-    "MLPs, qk, vo": ("mlp", "qk", "vo"),
-    "MLPs, qk, vo, stream": ("mlp", "qk", "vo", "stream"),
-    "MLPs, qk, vo, stream, refined": ("mlp", "qk", "vo", "stream"),
+# Name -> what is cut, and passes of refining.
+KINDS: dict[str, tuple[tuple[str, ...], int]] = {
+    "MLPs": (("mlp",), 0),
+    "MLPs, heads": (("mlp", "heads"), 0),
+    "MLPs, qk": (("mlp", "qk"), 0),
+    "MLPs, qk, vo": (("mlp", "qk", "vo"), 0),
+    "MLPs, qk, vo, stream": (("mlp", "qk", "vo", "stream"), 0),
+    "MLPs, qk, vo, stream, refined": (("mlp", "qk", "vo", "stream"), 20),
 }
-PASSES = 20  # of refining
 SIZES = (0.6, 0.5, 0.4, 0.3)
 
 
@@ -65,7 +65,7 @@ class Draw:
         for model in (self.heads, self.all):
             tp_amp.rotate_heads(model, self.example, batches, progress=False)
 
-    def cut(self, kinds: Sequence[str], size: float, refine: int) -> tuple[nn.Module, float]:
+    def cut(self, kinds: Sequence[str], refine: int, size: float) -> tuple[nn.Module, float]:
         """The model at a share of its parameters, and the nats that its plan foresees to lose."""
         model = copy.deepcopy(self.all if "stream" in kinds else self.heads)
         target = {"params": size}
@@ -103,8 +103,7 @@ def measure(name: str, options: Any, test: tuple[Tensor, Tensor], record: dict[s
         values: dict[str, list[float]] = {"accuracy": [], "foreseen": [], "lost": []}
         for draw in draws:
             try:
-                refine = PASSES if kind.endswith("refined") else 0
-                cut, lost = draw.cut(KINDS[kind], size, refine)
+                cut, lost = draw.cut(*KINDS[kind], size)
             except ValueError as error:
                 if not is_out_of_reach(error):
                     raise

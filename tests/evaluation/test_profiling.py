@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -62,11 +63,14 @@ def test_where_nothing_can_be_told_the_model_still_runs() -> None:
 def test_the_terminal_stays_empty() -> None:
     """The profiler tells of itself, and of GPUs that it does not find, in a process's first use."""
     code = (
-        "import torch, tp_amp\n"
-        "print(tp_amp.measure(torch.nn.Linear(4, 4), [torch.randn(2, 4)]).activations)"
+        "import os, torch, tp_amp\n"
+        "print(tp_amp.measure(torch.nn.Linear(4, 4), [torch.randn(2, 4)]).activations)\n"
+        "assert 'KINETO_LOG_LEVEL' not in os.environ"
     )
+    environment = {name: value for name, value in os.environ.items() if "KINETO" not in name}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stderr == ""
     assert int(done.stdout) > 0

@@ -19,6 +19,7 @@ from zoo_checks import run
 from zoo_more import MODELS
 
 import tp_amp
+from tp_amp.sharing.transformers_files import dense_config
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("code_of_folders")
@@ -202,6 +203,10 @@ def test_where_it_was_loaded_from_is_not_told(tmp_path: Path) -> None:
     tp_amp.save_pruned(model, tmp_path / "small", plan, library="transformers")
     for path in (tmp_path / "small").iterdir():
         assert b"of_mine" not in path.read_bytes()
+    with torch.device("meta"):
+        both = transformers.CLIPModel(transformers.CLIPConfig())
+    both.config.vision_config._name_or_path = "of_mine"  # as towers that were loaded apart have it
+    assert "of_mine" not in json.dumps(dense_config(both, "CLIPModel"))
 
 
 def test_a_processor_of_texts_too_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tp_amp.running.inputs import Inputs
 
 _PASS, _LINEAR, _MEMORY = "tp_amp forward pass", "aten::linear", "[memory]"
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 def profiled(
@@ -28,10 +31,8 @@ def profiled(
     if device.type != "cpu":
         inputs.call(model)
         return None, None
-    # It tells on the terminal that it starts, ends and finds no GPU.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     profiler: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with profiler:
+    with _silent(), profiler:
         with record_function(_PASS):
             outputs = inputs.call(model)
         del outputs  # not before: they are held while the pass ends
@@ -46,6 +47,18 @@ def profiled(
         elif event.name() == _PASS:
             whole += event.duration_ns()
     return peak, (1 - linear / whole if whole else None)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the profiler from telling on the terminal that it starts, ends and finds no GPU."""
+    told = os.environ.get(_LOG_LEVEL)
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if told is None:
+            del os.environ[_LOG_LEVEL]
 
 
 def _peak_on_cuda(model: nn.Module, inputs: Inputs, device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from typing import Any
@@ -79,20 +78,19 @@ def check_comes_back(
     """Raise ValueError if the dense model, cut to a plan, is of other sizes than the pruned one.
 
     Args:
-        dense: that a library builds, for its sizes; a copy is cut.
+        dense: that a library builds, for its sizes; it is cut.
         model: pruned.
         plan: that it was pruned to.
         source: as in source.json.
     """
-    again = copy.deepcopy(dense)
-    structure = ModelStructure(again, ())
+    structure = ModelStructure(dense, ())
     cut_all(structure.graph, planned_sites(structure, plan), plan.keep)
     there, here = (
         {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
-        for each in (again, model)
+        for each in (dense, model)
     )
     # What compensation adds is made when weights are loaded.
-    added = {f"{n}.bias" for n, module in again.named_modules() if hasattr(module, "weight")}
+    added = {f"{n}.bias" for n, module in dense.named_modules() if hasattr(module, "weight")}
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name) and (name in there or name not in added):
             raise ValueError(

@@ -14,7 +14,7 @@ from tp_amp.plan.cutting import undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.rotation.head_bases import Basis, query_key_basis, value_output_basis
 from tp_amp.rotation.second_moments import SecondMoments
-from tp_amp.rotation.telling import check_rotated, leading_widths, narrowest
+from tp_amp.rotation.telling import LeadingErrors, check_rotated, leading_widths
 from tp_amp.running.arguments import check_whole, is_number
 from tp_amp.running.checks import check_model
 from tp_amp.structure.attention.finding import listed
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RotatedHeads:
+class RotatedHeads(LeadingErrors):
     """One width inside an attention's heads, once its leading channels hold the most.
 
     Attributes:
@@ -43,20 +43,6 @@ class RotatedHeads:
 
     site: HeadRanks
     errors: tuple[float, ...]
-
-    def width_for(self, error: float) -> int:
-        """The fewest channels of each head whose share of errors is at most `error`.
-
-        Raises:
-            ValueError: `error` is negative or no number.
-
-        Example:
-            >>> import tp_amp
-            >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=2)
-            >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).width_for(0.25)
-            1
-        """
-        return narrowest(self.errors, error)
 
 
 @torch.inference_mode(False)  # what is computed in it could not be put in place

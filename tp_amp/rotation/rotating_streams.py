@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_amp.rotation.second_moments import SecondMoments
 from tp_amp.rotation.stream_basis import StreamBasis, stream_basis
-from tp_amp.rotation.telling import narrowest
+from tp_amp.rotation.telling import LeadingErrors
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import tokens_of
@@ -28,7 +28,7 @@ _ROWS = 4096  # in double precision at once
 
 
 @dataclass(frozen=True)
-class RotatedStream:
+class RotatedStream(LeadingErrors):
     """A residual stream, once its leading channels hold the most.
 
     Attributes:
@@ -48,14 +48,6 @@ class RotatedStream:
     stream: Stream
     errors: tuple[float, ...]
     leads: tuple[float, ...] = ()
-
-    def width_for(self, error: float) -> int:
-        """The fewest channels whose share of errors is at most `error`.
-
-        Raises:
-            ValueError: `error` is negative or no number.
-        """
-        return narrowest(self.errors, error)
 
 
 @torch.inference_mode(False)  # what is computed in it could not be put in place

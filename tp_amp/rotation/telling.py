@@ -30,10 +30,29 @@ def check_rotated(rotated: Any, kind: type, maker: str) -> None:
         )
 
 
-def narrowest(errors: Sequence[float], error: float) -> int:
-    """The fewest channels, one at least, whose share of errors is at most `error`."""
-    check_number("a share of at least 0", lambda share: share >= 0, error=error)
-    return next(width for width, lost in enumerate(errors) if width and lost <= error)
+class LeadingErrors:
+    """What is known of a width once its leading channels hold the most.
+
+    Attributes:
+        errors: for each number of leading channels kept, from none to all, the share that is lost.
+    """
+
+    errors: tuple[float, ...]
+
+    def width_for(self, error: float) -> int:
+        """The fewest channels, one at least, whose share of errors is at most `error`.
+
+        Raises:
+            ValueError: `error` is negative or no number.
+
+        Example:
+            >>> import tp_amp
+            >>> site = tp_amp.HeadRanks("vo", "attn", ("attn.qkv",), "attn.proj", heads=2, width=2)
+            >>> tp_amp.RotatedHeads(site, (1.0, 0.125, 0.0)).width_for(0.25)
+            1
+        """
+        check_number("a share of at least 0", lambda share: share >= 0, error=error)
+        return next(width for width, lost in enumerate(self.errors) if width and lost <= error)
 
 
 def leading_widths(

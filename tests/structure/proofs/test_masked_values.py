@@ -87,6 +87,41 @@ def test_what_is_drawn_anew_can_not_be_judged() -> None:
     assert len(tp_amp.find_mlps(model, torch.randn(2, 9, 4))) == 1
 
 
+def test_what_is_no_number_can_not_be_judged() -> None:
+    model = model_of(Knowing(lambda x: x.log()))
+    assert len(tp_amp.find_mlps(model, torch.randn(2, 9, 4))) == 1
+
+
+def test_a_copy_that_fails_once_it_is_cut_is_told() -> None:
+    """With a channel less it runs, with half of them it does not."""
+
+    def wide(x: Tensor) -> Tensor:
+        if x.shape[-1] < WIDTH - 1:
+            raise RuntimeError("too narrow")
+        return x
+
+    found = tp_amp.inspect(model_of(Knowing(wide)), torch.randn(2, 9, 4))
+    assert not found.mlps
+    told = "with 12 of 24 channels a copy of what holds it no longer runs (too narrow)"
+    assert found.kept_layers["1.up"] == told
+
+
+class Normed(Knowing):
+    """Its channels come second in its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.change(self.up(x)).transpose(1, 2)).transpose(1, 2)
+        return x + self.down(hidden.relu())
+
+
+def test_batch_norms_keep_channels_apart() -> None:
+    x = torch.randn(2, 9, 4)
+    kinds = (lambda h: h, halves)
+    right, wrong = (model_of(Normed(kind, nn.BatchNorm1d(WIDTH))) for kind in kinds)
+    assert [mlp.inner for mlp in tp_amp.find_mlps(right, x)] == [("1.norm",)]
+    assert not tp_amp.find_mlps(wrong, x)
+
+
 def test_modules_that_are_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(Knowing):
         def forward(self, x: Tensor) -> Tensor:

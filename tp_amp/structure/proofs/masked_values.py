@@ -39,7 +39,8 @@ def differences(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:
     the model runs once they are cut, and is wrong. A copy of the module at an MLP's `name`, in
     double precision and with noise on all parameters, loses half of the channels, and must give
     what it gives with these zeroed before `down`. Modules that are alike are checked once. What a
-    copy can't tell (it does not run alone, or gives something else each time) counts as right.
+    copy can't tell counts as right: one that does not run before it is cut, gives something else
+    each time, or hardly depends on these channels.
 
     Returns:
         `down` of each MLP that differs -> why.
@@ -74,6 +75,7 @@ def _inside(mlp: MLP) -> MLP:
 def _difference(owner: nn.Module, inputs: Inputs, mlp: MLP) -> str | None:
     order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0)).tolist()
     dropped, kept = sorted(order[: mlp.width // 2]), sorted(order[mlp.width // 2 :])
+    less = f"with {len(kept)} of {mlp.width} channels"
     try:
         model = noisy_copy(owner)
         inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
@@ -83,19 +85,23 @@ def _difference(owner: nn.Module, inputs: Inputs, mlp: MLP) -> str | None:
             _zero(zeroed, mlp, dropped, kept, stack)
             expected = first_output(inputs, zeroed)
             again = first_output(inputs, zeroed)
-        mlp_group(untraced_graph(narrow), mlp, dropped).prune(record_history=False)
-        found = first_output(inputs, narrow)
     except Exception as error:
         logger.debug("a copy of what holds %s can't be compared: %s", mlp.down, error)
         return None
-    change = distance(dense, expected)
-    if distance(again, expected) > TOLERANCE * change or change < 10 * TOLERANCE:
+    change, noise = distance(dense, expected), distance(again, expected)
+    if not (change >= 10 * TOLERANCE and noise <= TOLERANCE * change):  # so where they are NaN
+        logger.debug("a copy of what holds %s can't tell: %g, %g", mlp.down, change, noise)
         return None
+    try:
+        mlp_group(untraced_graph(narrow), mlp, dropped).prune(record_history=False)
+        found = first_output(inputs, narrow)
+    except Exception as error:
+        return f"{less} a copy of what holds it no longer runs ({error})"
     if distance(found, expected) <= TOLERANCE * min(1.0, change):
         return None
     return (
-        f"with {len(kept)} of {mlp.width} channels it does not give what it gives with the others "
-        "zeroed: its forward pass knows their number or their places"
+        f"{less} it does not give what it gives with the others zeroed: its forward pass knows "
+        "their number or their places"
     )
 
 
@@ -106,5 +112,6 @@ def _zero(
     weight: Any = model.get_submodule(mlp.down).weight
     weight.data[:, [mlp.first + channel for channel in dropped]] = 0
     inner = [model.get_submodule(name) for name in mlp.inner]
-    norms = [norm for norm in inner if not isinstance(norm, (nn.Conv2d, nn.BatchNorm2d))]
+    apart = (nn.Conv2d, nn.modules.batchnorm._BatchNorm)  # each channel by itself
+    norms = [norm for norm in inner if not isinstance(norm, apart)]
     stack.enter_context(hooks(n.register_forward_hook(masked_norm(n, kept)) for n in norms))
