@@ -239,6 +239,7 @@ def fold(
 Recipe = Callable[[Draw, float], nn.Module]
 CLOSED = "plan_for_target + affine, every Linear"
 RECOMMENDED = f"{CLOSED}, by sensitivity, refined"
+HEADS = f"{CLOSED}, by sensitivity, of mlp + qk + vo"
 UNIFORM = "Reconstruction + affine, every Linear"
 RECIPES: dict[str, Recipe] = {
     RECOMMENDED: lambda d, kept: d.compensated(
@@ -279,5 +280,4 @@ for _name in (RECOMMENDED, CLOSED, "EntropyTaylor", "Magnitude L2"):
 RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(
     d, d.first(FEW, RECIPES[CLOSED], kept)
 )
-_of_all = f"{CLOSED}, by sensitivity, of mlp + qk + vo"
-RECIPES[f"{_of_all}, distilled"] = lambda d, kept: distilled(d, RECIPES[_of_all](d, kept))
+RECIPES[f"{HEADS}, distilled"] = lambda d, kept: distilled(d, RECIPES[HEADS](d, kept))

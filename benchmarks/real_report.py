@@ -7,7 +7,7 @@ from statistics import mean, mode, variance
 from typing import Any
 
 from matplotlib.figure import Figure
-from real_recipes import CLOSED, FEW, IMPORTANCES, RECOMMENDED, UNIFORM
+from real_recipes import CLOSED, FEW, HEADS, IMPORTANCES, RECOMMENDED, UNIFORM
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#56B4E9", "#777777", "#7F6000", "#BBBBBB")
@@ -17,6 +17,8 @@ CURVES = {
     f"{CLOSED} ({FEW} photographs), distilled": ("#7B3294", "<", ":"),
     f"{CLOSED}, by sensitivity": ("#B22222", "v", "-"),
     RECOMMENDED: ("#D55E00", "o", "-"),
+    f"{HEADS}, distilled": ("#7B3294", "D", "-"),
+    HEADS: ("#0072B2", "o", "--"),
     CLOSED: ("#B22222", "*", "-"),
     f"{UNIFORM}, by sensitivity, refined": ("#B22222", "*", "--"),
     UNIFORM: ("#D55E00", "o", "--"),
@@ -118,8 +120,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             label=f"{name}\n{images} photographs",
         )
     axes.set_xlabel("parameters kept (%)")
-    axes.set_ylabel("test accuracy without fine-tuning (%)")
-    axes.set_title("MLPs of a ViT-S/14 cut in one shot, with photographs without labels")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title("A ViT-S/14 cut in one shot, without labels")
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
