@@ -274,10 +274,9 @@ RECIPES |= {
         refine=PASSES,
     ),
 }
-for _name in (RECOMMENDED, CLOSED, "EntropyTaylor", "Magnitude L2"):
+for _name in (RECOMMENDED, CLOSED, HEADS, "EntropyTaylor", "Magnitude L2"):
     _recalled = RECIPES[_name] = remembered(_name, RECIPES[_name])
     RECIPES[f"{_name}, distilled"] = lambda d, kept, r=_recalled: distilled(d, r(d, kept))
 RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(
     d, d.first(FEW, RECIPES[CLOSED], kept)
 )
-RECIPES[f"{HEADS}, distilled"] = lambda d, kept: distilled(d, RECIPES[HEADS](d, kept))

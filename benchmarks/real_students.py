@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tp_amp
@@ -93,12 +90,12 @@ def remembered(
             return make(draw, kept)
         path = place(draw, draw.folder, name, kept)
         if path.is_file():
-            return read(draw, path)
+            known = torch.load(path, weights_only=False)  # a module, written below
+            draw.recalled += np.array(known["spent"])
+            return known["model"]
         model, spent, _ = draw.timed(lambda: make(draw, kept))
-        facts = {"recipe": name, "spent": spent.tolist()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, path.with_suffix(".partial"), {"facts": json.dumps(facts)})
+        torch.save({"model": model, "spent": spent.tolist()}, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
         return model
 
@@ -108,16 +105,4 @@ def remembered(
 def place(draw: Draw, folder: Path, name: str, kept: float) -> Path:
     """The file of one recipe's model, by all that decides it."""
     key = repr([name, kept, draw.seed, sum(len(images) for images in draw.batches)])
-    return folder / f"student-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-
-
-def read(draw: Draw, path: Path) -> nn.Module:
-    """A model from its file; its seconds count as if it had been made now."""
-    weights: Any = load_file(path)
-    widths = {down: weights[f"{down}.weight"].shape[1] for down in draw.downs}
-    model = draw.cut(tp_amp.PruningPlan({down: list(range(w)) for down, w in widths.items()}))
-    model.load_state_dict(weights)
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-    draw.recalled += np.array(facts["spent"])
-    return model
+    return folder / f"student-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
