@@ -15,6 +15,9 @@ import tp_amp
 from tp_amp.budget.budget import Budget
 from tp_amp.budget.joint_widths import joint_widths, stream_choices
 from tp_amp.budget.width_kinds import sites_of
+from tp_amp.running.inputs import prepare
+from tp_amp.running.snapshot import given_back
+from tp_amp.structure.macs import count_macs
 from tp_amp.structure.model_structure import ModelStructure
 from tp_amp.structure.streams.residual_stream import Stream
 
@@ -178,6 +181,42 @@ def test_what_reads_a_stream_and_is_ignored_keeps_it_whole() -> None:
     assert plan.sites.keys() == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
 
 
-def test_milliseconds_of_a_stream_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"depends on all other widths.*take 'stream' out"):
-        planned(vit(), ["mlp", "stream"], {"latency": 0.8})
+@pytest.fixture
+def macs_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a forward pass take a millisecond, and one for each 10,000 MACs."""
+    monkeypatch.setattr("tp_amp.budget.latency.seconds", lambda model, *_: passing(model) / 1000)
+
+
+def passing(model: nn.Module) -> float:
+    with given_back(model):
+        return 1 + count_macs(model, prepare(pictures()[0][:1], model), None)[""] / 1e4
+
+
+@pytest.mark.usefixtures("macs_clock")
+@pytest.mark.parametrize("build", [vit, swin])
+def test_milliseconds_are_those_of_the_model_cut_for_real(build: Any) -> None:
+    """Where time goes with MACs: what others save beside a narrower stream is less."""
+    model, image = rotated(build), pictures()[0][:1]
+    structure = ModelStructure(model, image)
+    sites = sites_of(structure, ALL)
+    budget = Budget({"latency": 0.5}, structure, sites)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        widths = {
+            name: int(torch.randint(max(2, width // 2), width, (1,), generator=generator))
+            for name, width in budget.widths.items()
+        }
+        keep = {name: list(range(width)) for name, width in widths.items()}
+        cut = copy.deepcopy(model)
+        tp_amp.apply_plan(cut, tp_amp.PruningPlan(keep, sites={s.down: s for s in sites}))
+        assert budget.cost(widths) == pytest.approx(passing(cut), rel=1e-6)
+
+
+@pytest.mark.usefixtures("macs_clock")
+def test_a_latency_is_met_by_a_stream_too() -> None:
+    model = rotated(vit)
+    plan, _ = planned(model, ALL, {"latency": 0.6})
+    assert any(isinstance(site, Stream) for site in plan.sites.values())
+    cut = copy.deepcopy(model)
+    tp_amp.apply_plan(cut, plan)
+    assert 0.95 < passing(cut) / (0.6 * passing(model)) <= 1 + 1e-6

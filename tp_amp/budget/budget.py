@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tp_amp.budget.latency import Latency
+from tp_amp.budget.unit_costs import unit_costs
 from tp_amp.budget.width_arguments import RoundTo
 from tp_amp.budget.width_kinds import kind_of, steps_of
-from tp_amp.plan.cutting import narrowed, site_layers
 from tp_amp.running.arguments import is_number
-from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import shapes_first
 from tp_amp.running.runtimes.building import EAGER, check_runtime
-from tp_amp.structure.macs import count_macs
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 logger = logging.getLogger(__name__)
@@ -73,14 +68,13 @@ class Budget:
         self.latency: Latency | None = None
         self.measured: float | None = None
         self._measured_at: Mapping[str, Sequence[int]] | None = None
-        macs = partial(_macs, forward_fn=structure.forward_fn)
-        measure = _parameters if self.kind == "params" else macs
-        self.dense, self.units, self._shared = _costs(measure, structure, sites)
+        self._counted = unit_costs(self.kind, structure, sites)
+        self.dense, self.units = self._counted.dense, self._counted.units
         if self.kind == "latency":
             # Sites of one width whose channels make as many MACs have the same shapes and tokens.
             alike = {site: (kind_of(site), site.width, self.units[site.down]) for site in sites}
             self.latency = Latency(structure, alike, self.steps, runtime)
-            self.dense, self._shared = self.latency.dense, {}
+            self.dense = self.latency.dense
             self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount
 
@@ -107,13 +101,13 @@ class Budget:
             fixed: those of them with which all others do not save alone.
         """
         cut = {name: self.widths[name] - width for name, width in widths.items()}
+        saved = {name: self.saved(name, width) for name, width in widths.items()}
         twice = [
-            cut.get(one, 0) * cut.get(other, 0) * amount
-            for (one, other), amount in self._shared.items()
-            if one in fixed or other in fixed
+            self._counted.twice(one, saved[one], {other: cut[other]})
+            for one, other in self._counted.shared
+            if (one in fixed or other in fixed) and one in saved and other in saved
         ]
-        alone = math.fsum(self.saved(name, width) for name, width in widths.items())
-        return self.dense - alone + math.fsum(twice)
+        return self.dense - math.fsum(saved.values()) + math.fsum(twice)
 
     def costs(self, name: str, fixed: Mapping[str, int] = MappingProxyType({})) -> Tensor:
         """What one site costs with 0, 1, ... channels or heads kept, `(width + 1,)`.
@@ -122,15 +116,11 @@ class Budget:
             name: its `down`.
             fixed: widths of others, beside which it costs that.
         """
-        less = math.fsum(
-            (self.widths[other] - width) * amount
-            for other, width in fixed.items()
-            for pair, amount in self._shared.items()
-            if {name, other} == {*pair}
-        )
-        width = self.widths[name]
-        saved = [self.saved(name, kept) - (width - kept) * less for kept in range(width + 1)]
-        return saved[0] - torch.tensor(saved, dtype=torch.float64)
+        cut = {other: self.widths[other] - width for other, width in fixed.items()}
+        alone = [self.saved(name, kept) for kept in range(self.widths[name] + 1)]
+        saved = torch.tensor(alone, dtype=torch.float64)
+        saved -= self._counted.twice(name, saved, cut)
+        return saved[0] - saved
 
     def tolerances(self, increase: float) -> dict[str, float]:
         """Allow each site an increase in proportion to what it costs, the mean site `increase`.
@@ -186,7 +176,7 @@ class Budget:
         foreseen, measured = self.cost(widths), self._measure(self.latency, keep)
         if not _is_far(measured, self.amount, _OFF) or not _is_far(measured, foreseen, _OFF):
             return False
-        self.latency.correct(widths, measured)
+        self.latency.correct(self.dense - foreseen, measured)
         logger.info("measured %.4g ms where the table had %.4g ms", measured, foreseen)
         return self.cost(widths) != foreseen
 
@@ -271,42 +261,3 @@ def _rounded(value: float, towards: Callable[[float], int]) -> float:
     """Four digits of a number, as they are told, the last one rounded up or down."""
     scale = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
     return towards(value / scale) * scale
-
-
-def _costs(
-    measure: Callable[[nn.Module, Inputs], float],
-    structure: ModelStructure,
-    sites: Sequence[Site],
-) -> tuple[float, dict[str, float], dict[tuple[str, str], float]]:
-    """The dense model's cost, that of one channel or head of each site, and what two share of it.
-
-    Of two sites that have a layer in common, by their `down`: what a channel of the one and a
-    channel of the other cost both.
-    """
-    model = structure.model
-    layers = {site.down: site_layers(site) for site in sites}
-
-    def costs(inputs: Inputs, _: Any) -> Any:
-        def without(*some: Site) -> float:
-            keep = {site: range(1, site.width) for site in some}
-            with narrowed(structure.graph, keep):
-                return dense - measure(model, inputs)
-
-        dense = measure(model, inputs)
-        units = {site.down: without(site) for site in sites}
-        shared = {}
-        for one, other in itertools.combinations(sites, 2):
-            if layers[one.down] & layers[other.down]:
-                amount = units[one.down] + units[other.down] - without(one, other)
-                shared[one.down, other.down] = amount
-        return dense, units, shared
-
-    return shapes_first(model, structure.inputs, costs)  # type: ignore[no-any-return]
-
-
-def _parameters(model: nn.Module, inputs: Inputs) -> float:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _macs(model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None) -> float:
-    return count_macs(model, inputs, forward_fn)[""]

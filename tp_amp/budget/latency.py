@@ -19,6 +19,7 @@ from tp_amp.running.restoring import evaluating
 from tp_amp.running.runtimes.building import EAGER, build, check_runtime
 from tp_amp.running.timing import seconds
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.streams.residual_stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,15 @@ class Latency:
         other._scale_to_runtime()
         return other
 
-    def correct(self, widths: Mapping[str, int], measured: float) -> None:
+    def correct(self, foreseen: float, measured: float) -> None:
         """Scale the table to what was measured (milliseconds) at some widths, unless that is none.
 
         What layers save together is more or less than what they save one kind at a time.
+
+        Args:
+            foreseen: milliseconds that these widths save by the table.
+            measured: milliseconds that the model took with them.
         """
-        foreseen = math.fsum(self.saved(name, width) for name, width in widths.items())
         if foreseen > 0 and measured < self.dense:
             self._scale *= (self.dense - measured) / foreseen
 
@@ -125,6 +129,9 @@ class Latency:
         """Let the table be the runtime's: PyTorch's, with what the smallest widths save there."""
         logger.info("building the dense model and the narrowest one for %s", self._runtime)
         smallest = {name: widths[0] for name, (widths, _) in self._tables.items()}
+        streams = [name for name in smallest if isinstance(self._sites[name], Stream)]
+        if len(streams) < len(smallest):  # what a stream saves beside the others is no sum
+            smallest = {n: width for n, width in smallest.items() if n not in streams}
         foreseen = math.fsum(self.saved(name, width) for name, width in smallest.items())
         cut = {self._sites[name]: range(width) for name, width in smallest.items()}
         self._built_dense = self._built({})

@@ -80,7 +80,7 @@ def plan_for_target(
         >>> fitted = tp_amp.compensate(model, plan, images)
     """
     check_target(target, runtime)
-    check_kinds(widths, round_to, target)
+    check_kinds(widths, round_to)
     check_importance(importance)
     if not isinstance(importance, ReconstructionImportance):
         raise TypeError(

@@ -11,12 +11,12 @@ KINDS = ("mlp", "heads", "qk", "vo", "stream")
 RoundTo = int | Mapping[str, int]
 
 
-def check_kinds(widths: Any, round_to: Any, target: Mapping[str, float] | None) -> None:
+def check_kinds(widths: Any, round_to: Any) -> None:
     """Check the arguments that say what is cut, before anything is read.
 
     Raises:
         ValueError: a kind is none, there is none or one twice, whole heads are to be cut with the
-            channels inside them, a step is no whole number, or a stream is to meet a latency.
+            channels inside them, or a step is no whole number.
         TypeError: `widths` is no collection of names.
     """
     if isinstance(widths, str) or not isinstance(widths, Collection):
@@ -28,11 +28,6 @@ def check_kinds(widths: Any, round_to: Any, target: Mapping[str, float] | None) 
         raise ValueError(
             "no one plan cuts whole heads and the channels inside them; take 'heads' or 'qk' and "
             "'vo' out of widths"
-        )
-    if "stream" in kinds and target is not None and "latency" in target:
-        raise ValueError(
-            "what channels of a stream save in milliseconds depends on all other widths, which no "
-            "table tells; give a target of params or macs, or take 'stream' out of widths"
         )
     if not isinstance(round_to, Mapping):
         check_whole(round_to=round_to)

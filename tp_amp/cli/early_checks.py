@@ -65,7 +65,7 @@ def _check_pruning(options: Namespace) -> None:
             f"--activation-checkpointing is for --importance {' and '.join(BY_OBJECTIVE)}; leave "
             f"it out, {options.importance} runs without"
         )
-    check_kinds(options.widths, options.round_to, options.target)
+    check_kinds(options.widths, options.round_to)
     if options.widths != ["mlp"] and has_to_search(options):
         raise ValueError(
             f"--widths {' '.join(options.widths)} is priced by what is foreseen, not searched: it "
