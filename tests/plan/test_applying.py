@@ -55,7 +55,6 @@ BAD_PLANS = {
         PruningPlan({"embed": [0]}),
         r"embed is neither .* streams, by rotate and stream_plan: \['embed'\]",
     ),
-    "empty": (PruningPlan({"blocks.0.mlp.second": []}), "keeps no channels .* has to stay"),
     "repeated": (PruningPlan({"blocks.0.mlp.second": [1, 1]}), "must be distinct"),
     "negative": (PruningPlan({"blocks.0.mlp.second": [-1]}), "within 0..19"),
     "too large": (PruningPlan({"blocks.0.mlp.second": [20]}), "within 0..19"),

@@ -70,7 +70,7 @@ def test_plan_from_importance_takes_widths_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "widths", [{"blocks.1.mlp.second": 0}, {"blocks.1.mlp.second": 21}, 0.0, -0.5, 1.5]
+    "widths", [{"blocks.1.mlp.second": -1}, {"blocks.1.mlp.second": 21}, 0.0, -0.5, 1.5]
 )
 def test_widths_out_of_range_raise(widths: object) -> None:
     with pytest.raises(ValueError, match=r"can't keep|must be a fraction above 0"):

@@ -170,7 +170,11 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         rf"the width of {DOWN} must be a whole number, found 0\.5",
     ),
-    "a width of nothing": (lambda p: p.ranked({DOWN: 0}), ValueError, r"can't keep 0 channels of"),
+    "a width below nothing": (
+        lambda p: p.ranked({DOWN: -1}),
+        ValueError,
+        r"can't keep -1 channels",
+    ),
     "a width above the layer's": (lambda p: p.ranked({DOWN: 21}), ValueError, r"which has 20"),
     "widths of no layer": (lambda p: p.ranked({"mlp": 3}), ValueError, r"mlp is neither an MLP of"),
     "widths by modules": (
@@ -357,7 +361,6 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
     ),
     "a plan of a width": (lambda p: p.applied({DOWN: 10}), TypeError, r"list of whole numbers"),
     "a plan of a channel twice": (lambda p: p.applied({DOWN: [0, 0]}), ValueError, r"be distinct"),
-    "a plan of no channel": (lambda p: p.applied({DOWN: []}), ValueError, "keeps no channels of"),
     "a plan beyond the layer": (lambda p: p.applied({DOWN: [20]}), ValueError, r"within 0\.\.19"),
     "no plan": (
         lambda p: tp_amp.apply_plan(p.model, p.x),  # type: ignore[call-overload]

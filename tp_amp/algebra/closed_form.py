@@ -101,8 +101,8 @@ def correct(
 
 def _solve(second: Tensor, cross: Tensor, ridge: float, name: str) -> tuple[Tensor, float]:
     """Solve B (second + lambda I) = cross; lambda grows tenfold until Cholesky succeeds."""
-    diagonal = float(second.diagonal().mean())
-    if diagonal <= 0:  # the kept channels are constant: nothing can be rebuilt from them
+    diagonal = float(second.diagonal().mean()) if len(second) else 0.0
+    if diagonal <= 0:  # the kept channels are constant, or none: nothing can be rebuilt from them
         return torch.zeros_like(cross), ridge
     unit = torch.eye(len(second), dtype=second.dtype, device=second.device)
     used = ridge

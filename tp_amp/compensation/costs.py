@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,13 +65,13 @@ def error_costs(
     return found
 
 
-def refined_layers(layers: Sequence[Layer]) -> list[str]:
-    """The `down` layers of the MLPs that can be refined; others are told."""
+def refined_layers(layers: Sequence[Layer], keep: Mapping[str, Sequence[int]]) -> list[str]:
+    """The `down` layers of the MLPs that can be refined; others are told but for those that go."""
     names = []
     for layer in layers:
         if isinstance(layer.site, MLP) and (layer.site.fused or layer.site.first):
             logger.warning("%s reads more than an MLP and is not refined", layer.name)
-        elif isinstance(layer.site, MLP):
+        elif isinstance(layer.site, MLP) and keep[layer.name]:
             names.append(layer.name)
     return names
 

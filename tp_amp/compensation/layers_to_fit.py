@@ -17,6 +17,7 @@ from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.running.watching import calls_in_order
 from tp_amp.structure.attention.rank_linear import RankLinear
+from tp_amp.structure.constant_linear import ConstantLinear
 from tp_amp.structure.groups import group_layers
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.ranks.head_ranks import HeadRanks
@@ -114,6 +115,8 @@ def layers_to_fit(
             continue
         weight: Any = model.get_submodule(name).weight
         kept = tuple(i for i in range(len(weight)) if i not in dropped.get(name, ()))
+        if not kept:  # an MLP goes as a whole
+            continue
         outputs = kept if name in dropped else None
         layers.append(Layer(name, cut.get(name), outputs, f"{name}.weight" in writers))
     return layers
@@ -165,4 +168,4 @@ def _dropped_outputs(
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a Linear whose weight can be replaced."""
-    return type(module) in (nn.Linear, RankLinear) and remade(module) is None
+    return type(module) in (nn.Linear, RankLinear, ConstantLinear) and remade(module) is None

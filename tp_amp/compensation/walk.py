@@ -94,7 +94,7 @@ def fit(
         if not layers:
             return {}
         chain = _over_all(chain, layers)
-        refined = refined_layers(layers) if recipe.refine else []
+        refined = refined_layers(layers, keep) if recipe.refine else []
         costs = error_costs(recipe, model, [x.name for x in layers], refined, inputs)
         with observing(model, gradients=False), Shelf(memory_bytes) as shelf:
             walk = _Walk(graph, layers, sites, keep, recipe, inputs, chain, refined, costs, shelf)

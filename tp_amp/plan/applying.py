@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tp_amp.plan.coordinates import tell_other_coordinates
-from tp_amp.plan.cutting import check_fits, cut_all, undone_after_errors
+from tp_amp.plan.cutting import check_fits, cut_all, least_reason, undone_after_errors
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -41,8 +41,8 @@ def apply_plan(model: nn.Module, *arguments: Any, **named: Any) -> None:  # noqa
 
     Raises:
         ValueError: the plan names a layer that is no MLP or attention of the model, another width,
-            or kept channels that are empty, repeated or out of range; or it does not know its
-            layers and there are no example inputs. The model is then as it was.
+            or kept channels that are repeated or out of range, or none where one has to stay; or it
+            does not know its layers and there are no example inputs. The model is then as it was.
         TypeError: there is no plan.
 
     Example:
@@ -107,16 +107,15 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
                 f"{down} has {site.width} {site.units}, the plan was made for "
                 f"{plan.dense_widths[down]}; apply it to the dense model"
             )
-        if not kept:
-            raise ValueError(
-                f"the plan keeps no {site.units} of {down}; one at least has to stay, as no whole "
-                "MLP or attention is removed"
-            )
-        if len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= site.width:
+        if not set(kept) <= set(range(site.width)) or len(set(kept)) != len(kept):
             raise ValueError(
                 f"the plan's kept {site.units} of {down} must be distinct and within "
                 f"0..{site.width - 1}"
             )
         if down in plan.sites:
             check_fits(structure.model, site)
+        if not kept and (reason := least_reason(structure.model, site)):
+            raise ValueError(
+                f"the plan keeps no {site.units} of {down}; one at least has to stay: {reason}"
+            )
     return {down: sites[down] for down in plan.keep}

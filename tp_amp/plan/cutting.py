@@ -14,7 +14,8 @@ from tp_amp.running.checks import remade
 from tp_amp.running.snapshot import Snapshot, given_back
 from tp_amp.structure.attention.adapting import FORWARDS
 from tp_amp.structure.attention.heads import Attention, head_group
-from tp_amp.structure.mlp_cuts import MLP, mlp_group
+from tp_amp.structure.constant_linear import ConstantLinear
+from tp_amp.structure.mlp_cuts import MLP, mlp_group, whole_reason
 from tp_amp.structure.model_structure import Site
 from tp_amp.structure.nodes import outputs
 from tp_amp.structure.ranks.head_ranks import HeadRanks, rank_group
@@ -34,6 +35,15 @@ def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
     if isinstance(site, Attention):
         return head_group(graph, site, units)
     return mlp_group(graph, site, units)
+
+
+def least_reason(model: nn.Module, site: Site) -> str | None:
+    """Why one channel or head of a site has to stay at least; None where all may go."""
+    if isinstance(site, MLP):
+        return whole_reason(model, site)
+    if isinstance(site, Stream):
+        return "all of the model goes through it"
+    return "no whole attention is removed"
 
 
 def site_layers(site: Site) -> set[str]:
@@ -220,7 +230,19 @@ def _cutting_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
     for item in group.items:
         if item.dep.handler == function.prune_layernorm_out_channels:
             item.dep.handler = _LayerNormPruner().prune_out_channels
+        elif item.dep.handler == function.prune_linear_in_channels:
+            item.dep.handler = _LinearPruner().prune_in_channels
     return group
+
+
+class _LinearPruner(function.LinearPruner):  # type: ignore[misc]
+    """Lets a Linear that reads nothing any more be a constant."""
+
+    def prune_in_channels(self, layer: nn.Linear, idxs: Sequence[int]) -> nn.Linear:
+        super().prune_in_channels(layer, idxs)
+        if not layer.in_features:
+            layer.__class__ = ConstantLinear
+        return layer
 
 
 class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.plan.cutting import site_group
+from tp_amp.plan.cutting import least_reason, site_group
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.arguments import check_importance, check_number, check_widths
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -29,7 +29,8 @@ def plan_from_importance(
         example_inputs: as for `find_mlps`.
         importance: any Torch-Pruning importance that is ready to score.
         widths: the fraction of each MLP's channels that stays, above 0 (at least one channel
-            stays), or for each `down` its number of channels; of an attention, of heads.
+            stays), or for each `down` its number of channels, of which an MLP may keep none; of an
+            attention, of heads.
         num_heads: as for `find_attentions`, where an attention does not tell them.
 
     Raises:
@@ -58,10 +59,12 @@ def plan_from_importance(
     if not isinstance(widths, dict):
         widths = {name: max(1, round(width * widths)) for name, width in dense.items()}
     for name, width in widths.items():
-        if not 0 < width <= dense[name]:
+        if not 0 <= width <= dense[name]:
             raise ValueError(
                 f"can't keep {width} {sites[name].units} of {name}, which has {dense[name]}"
             )
+        if not width and (reason := least_reason(model, sites[name])):
+            raise ValueError(f"can't keep no {sites[name].units} of {name}: {reason}")
     keep = {
         name: sorted(rank_channels(importance, structure.graph, sites[name])[:width])
         for name, width in widths.items()

@@ -10,6 +10,7 @@ from tp_amp.structure.attention.adapted_class import adapted
 from tp_amp.structure.attention.head_forward import HeadCut, HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import Part, RankLinear
+from tp_amp.structure.constant_linear import ConstantLinear
 
 
 def with_heads_cut(layer: Any, cut: dict[str, Any]) -> None:
@@ -33,3 +34,8 @@ def with_ranks_cut(layer: nn.Module, parts: dict[str, Any]) -> None:
     layer.__class__ = RankLinear
     layer.gives = tuple(Part(*part) for part in parts["gives"])  # type: ignore[assignment]
     layer.reads = Part(*parts["reads"]) if parts["reads"] else None  # type: ignore[assignment]
+
+
+def with_nothing_read(layer: nn.Module, _: bool) -> None:
+    """Let a Linear give its bias alone."""
+    layer.__class__ = ConstantLinear

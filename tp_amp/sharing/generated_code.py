@@ -12,12 +12,18 @@ from typing import Any
 from torch import nn
 
 from tp_amp.sharing.cutting_again import cut_again
-from tp_amp.sharing.forms import with_heads_cut, with_multihead_cut, with_ranks_cut
+from tp_amp.sharing.forms import (
+    with_heads_cut,
+    with_multihead_cut,
+    with_nothing_read,
+    with_ranks_cut,
+)
 from tp_amp.structure.attention.adapted_class import adapted
 from tp_amp.structure.attention.fitting_reshapes import FittingReshapes
 from tp_amp.structure.attention.head_forward import HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import RankLinear
+from tp_amp.structure.constant_linear import ConstantLinear
 
 _HEADS = (FittingReshapes, HeadForward, adapted)
 # What turns a layer into one of a form, and of each module that it needs one thing.
@@ -25,6 +31,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "heads": (with_heads_cut, _HEADS),
     "multihead": (with_multihead_cut, (*_HEADS, MultiheadForward)),
     "inside_heads": (with_ranks_cut, (RankLinear,)),
+    "constant": (with_nothing_read, (ConstantLinear,)),
 }
 _FILE = '''"""A pruned {kind}: config.json records the sizes of each layer that was cut.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tp_amp.structure.attention.head_forward import HeadCut, HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import RankLinear
+from tp_amp.structure.constant_linear import ConstantLinear
 
 
 def recorded_sizes(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -94,6 +95,8 @@ def _forms(layer: nn.Module) -> dict[str, Any]:
         parts = [[*asdict(part).values()] for part in layer.gives]
         reads = None if layer.reads is None else [*asdict(layer.reads).values()]
         return {"inside_heads": {"gives": parts, "reads": reads}}
+    if isinstance(layer, ConstantLinear):
+        return {"constant": True}
     cut: HeadCut | None = vars(layer).get("head_cut")
     if isinstance(layer, HeadForward) and cut:
         return {"heads": asdict(cut)}

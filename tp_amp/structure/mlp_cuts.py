@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch_pruning.dependency import Group
 
 from tp_amp.running.watching import all_tensors
@@ -83,6 +84,22 @@ def mlp_group(graph: Any, mlp: MLP, channels: Sequence[int]) -> Group:
     if mlp.fused:
         handlers.append((mlp.name, FusedBlockPruner().prune_out_channels, list(channels)))
     return make_group(graph, handlers, list(channels))
+
+
+def whole_reason(model: nn.Module, mlp: MLP) -> str | None:
+    """Why an MLP has to keep one channel at least; None where all may go.
+
+    Without any, its layers are Linears of no channels, and what reads them gives its bias.
+    """
+    if mlp.fused:
+        return f"the layers of {mlp.name} hold an attention too"
+    layers = {name: model.get_submodule(name) for name in (*mlp.up, *mlp.inner, mlp.down)}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d):
+            return f"{name} is a convolution, and PyTorch has none of no channels"
+    if type(layers[mlp.down]) is not nn.Linear:
+        return f"{mlp.down} is no plain Linear, but {type(layers[mlp.down]).__name__}"
+    return None
 
 
 def failures(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:

@@ -73,6 +73,8 @@ def read_mlps(
     starts = [node for m, node in traced.graph.module2node.items() if is_projection(m)]
     for node in starts:
         try:
+            if not node.module.weight.numel():
+                raise NotAnMLP("no channel is left of it")
             parts = _follow(node)
             if layer := _adapted(parts):
                 adapters |= dict.fromkeys((*parts.ups, *parts.downs), layer)
