@@ -49,10 +49,11 @@ def budget_of(
     round_to: int = 1,
     inputs: Any = None,
     runtime: str = "eager",
+    min_width: int = 1,
 ) -> Budget:
     inputs = images(1) if inputs is None else inputs
     structure = ModelStructure(model, inputs)
-    return Budget(target, structure, structure.mlps, round_to, runtime)
+    return Budget(target, structure, structure.mlps, round_to, runtime, min_width)
 
 
 def reconstruction() -> tp_amp.ReconstructionImportance:
@@ -77,6 +78,27 @@ def test_the_cost_is_the_time_of_the_model_cut_for_real(
     assert found.cost(named) == pytest.approx(linear(cut(model, named, images(1))))
     assert found.dense == pytest.approx(12)
     assert found.amount == pytest.approx(6)
+
+
+def test_an_mlp_that_goes_saves_what_no_width_of_it_does(clock: Clock) -> None:
+    """What its norms and calls take, say, which one channel costs as well as all."""
+
+    def milliseconds(model: nn.Module) -> float:
+        return 4 + sum(2 + 0.05 * width for width in widths_of(model) if width)
+
+    clock(milliseconds)
+    model = toy(hidden=40)
+    found = budget_of(model, {"latency": 6.5}, min_width=0)
+    for widths in ((0, 40), (0, 1), (40, 40)):
+        named = dict(zip(DOWNS, widths, strict=True))
+        expected = milliseconds(cut(model, named, images(1)))
+        assert found.cost(named) == pytest.approx(expected)
+    target = {"latency": 6.5}  # two of one channel each take 8.1 ms
+    with pytest.raises(ValueError, match="can't be met"):
+        tp_amp.plan_for_target(model, images(1), reconstruction(), target)
+    plan = tp_amp.plan_for_target(model, images(1), reconstruction(), target, min_width=0)
+    assert sorted(plan.widths.values())[0] == 0
+    assert 5.8 < milliseconds(cut(model, plan.widths, images(1))) <= 6.5
 
 
 def test_layers_that_differ_have_tables_of_their_own(clock: Clock) -> None:

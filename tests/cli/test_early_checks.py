@@ -62,6 +62,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*PRUNE, "--objective", "reconstruction", "--activation-checkpointing"],
         r"reconstruction takes no backward pass; leave --activation-checkpointing out",
     ),
+    "whole MLPs by a search": (
+        [*PRUNE, "--min-width", "0", "--prune-num-heads"],
+        r"--min-width 0 lets whole MLPs go .* which no search tries: .* without --prune-num-heads",
+    ),
     "widths that are searched": (
         [*PRUNE, "--widths", "mlp", "qk", "--min-width", "8"],
         r"--widths mlp qk is priced by what is foreseen, not searched: .* and --min-width",

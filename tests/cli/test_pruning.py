@@ -110,6 +110,25 @@ def test_latency_is_a_size_too(
     assert 0.5 < share <= 0.7 + 1e-9
 
 
+def test_whole_mlps_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one channel takes nearly as long as all: the target can't be met otherwise."""
+
+    def milliseconds(model: Any) -> float:
+        widths = [model.get_submodule(name).in_features for name in DOWNS]
+        return 1.0 + sum(5 + width / 100 for width in widths if width)
+
+    monkeypatch.setattr(
+        "tp_amp.budget.latency.seconds", lambda model, *_: milliseconds(model) / 1000
+    )
+    target = ("--target", "latency=0.75")
+    assert main([*PRUNE, *target]) == 2
+    assert main([*PRUNE, *target, "--min-width", "0"]) == 0
+    pruned = tp_amp.create_model("small")
+    widths = [pruned.get_submodule(name).in_features for name in DOWNS]
+    assert widths.count(0) == 1
+    assert bool(torch.isfinite(pruned(torch.zeros(1, 3, 32, 32))).all())
+
+
 @pytest.mark.parametrize("slow", [0.0, 5.0])
 @pytest.mark.parametrize("further", [(), ("--min-width", "8")], ids=["foreseen", "searched"])
 def test_a_latency_off_its_target_is_told_once(

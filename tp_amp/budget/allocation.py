@@ -15,6 +15,7 @@ def allocate(
     costs: Mapping[str, Tensor],
     budget: float,
     steps: Mapping[str, int] = MappingProxyType({}),
+    least: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Choose widths whose cost is within a budget, with the smallest sum of errors.
 
@@ -28,9 +29,10 @@ def allocate(
         costs: name -> cost of 0, 1, ... channels, `(width + 1,)`, never falling.
         budget: for the sum of the costs.
         steps: name -> what its widths are multiples of, where that is more than 1.
+        least: name -> its smallest width, where that is not 1.
 
     Returns:
-        Name -> width, at least one step each.
+        Name -> width.
 
     Raises:
         ValueError: the budget is below the cost of the smallest widths.
@@ -40,7 +42,10 @@ def allocate(
         >>> allocate(errors, {"a": torch.arange(3.0), "b": torch.arange(3.0)}, budget=3)
         {'a': 2, 'b': 1}
     """
-    choices = {n: width_choices(len(values) - 1, steps.get(n, 1)) for n, values in errors.items()}
+    choices = {
+        n: width_choices(len(values) - 1, steps.get(n, 1), least.get(n, 1))
+        for n, values in errors.items()
+    }
 
     def widths(price: float) -> dict[str, int]:
         return {
@@ -102,9 +107,9 @@ def _next(kept: Tensor, width: int) -> int | None:
     return int(kept[place]) if place < len(kept) else None
 
 
-def width_choices(width: int, step: int) -> Tensor:
-    """The widths to choose from: multiples, and the dense one."""
-    multiples = torch.arange(1, width // step + 1) * step
+def width_choices(width: int, step: int, least: int = 1) -> Tensor:
+    """The widths to choose from: multiples from the smallest one on, and the dense one."""
+    multiples = torch.arange(min(-(-least // step), width // step + 1), width // step + 1) * step
     return (
         multiples
         if len(multiples) and multiples[-1] == width

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tp_amp.budget.latency import Latency
+from tp_amp.budget.removal import least_widths
 from tp_amp.budget.unit_costs import unit_costs
 from tp_amp.budget.width_arguments import RoundTo
 from tp_amp.budget.width_kinds import kind_of, steps_of
@@ -43,10 +44,12 @@ class Budget:
         sites: what may be cut.
         round_to: as for `steps_of`; at such widths the latency is measured.
         runtime: where the latency is measured; see `RUNTIMES`.
+        min_width: the smallest width of MLPs; with 0 whole ones may go.
 
     Attributes:
         dense: what the dense model costs.
         steps: what the widths of each site are multiples of.
+        least: the smallest width of each site.
         measured: after `confirm`, the latency of the cut model in milliseconds.
 
     Raises:
@@ -61,10 +64,12 @@ class Budget:
         sites: Sequence[Site],
         round_to: RoundTo = 1,
         runtime: str = EAGER,
+        min_width: int = 1,
     ) -> None:
         self.kind, amount = read_target(target)
         self.target, self.steps = dict(target), steps_of(sites, round_to)
         self.widths = {site.down: site.width for site in sites}
+        self.least = least_widths(structure, sites, min_width, self.steps)
         self.latency: Latency | None = None
         self.measured: float | None = None
         self._measured_at: Mapping[str, Sequence[int]] | None = None
@@ -72,8 +77,12 @@ class Budget:
         self.dense, self.units = self._counted.dense, self._counted.units
         if self.kind == "latency":
             # Sites of one width whose channels make as many MACs have the same shapes and tokens.
-            alike = {site: (kind_of(site), site.width, self.units[site.down]) for site in sites}
-            self.latency = Latency(structure, alike, self.steps, runtime)
+            whole = {down for down, width in self.least.items() if not width}
+            alike = {
+                site: (kind_of(site), site.width, site.down in whole, self.units[site.down])
+                for site in sites
+            }
+            self.latency = Latency(structure, alike, self.steps, runtime, whole)
             self.dense = self.latency.dense
             self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount

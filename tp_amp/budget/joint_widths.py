@@ -22,7 +22,7 @@ def smallest(budget: Budget, streams: Collection[str] = ()) -> _Widths:
     return {
         name: stream_choices(width, budget.steps[name])[0]
         if name in streams
-        else int(width_choices(width, budget.steps[name])[0])
+        else int(width_choices(width, budget.steps[name], budget.least[name])[0])
         for name, width in budget.widths.items()
     }
 
@@ -101,7 +101,7 @@ def _within(budget: Budget, errors: Mapping[str, Tensor], fixed: _Widths) -> _Wi
     spent = budget.separate_cost({**fixed, **dict.fromkeys(free, 0)}, fixed)
 
     def within(amount: float) -> _Widths:
-        return {**fixed, **allocate(free, costs, amount - spent, budget.steps)}
+        return {**fixed, **allocate(free, costs, amount - spent, budget.steps, budget.least)}
 
     widths, high = within(budget.amount), budget.amount
     if budget.cost(widths) <= budget.amount * (1 + 1e-9):

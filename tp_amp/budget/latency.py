@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Latency:
         steps: what the measured widths of each layer are multiples of, by its `down`, since others
             may be slower.
         runtime: where the model shall be fast, one of `RUNTIMES`.
+        whole: those of which nothing may stay.
 
     Attributes:
         dense: milliseconds of the dense model in the runtime, the median.
@@ -61,6 +62,7 @@ class Latency:
         alike: Mapping[Site, Hashable],
         steps: Mapping[str, int],
         runtime: str = EAGER,
+        whole: Collection[str] = (),
     ) -> None:
         check_runtime(runtime, structure.model)
         self._graph, self._forward_fn = structure.graph, structure.forward_fn
@@ -82,7 +84,10 @@ class Latency:
         logger.info(
             "timing %d kinds of layers at up to %d widths on %s", len(groups), POINTS, self._device
         )
-        measured = [self._table(sites, steps[sites[0].down]) for sites in groups.values()]
+        measured = [
+            self._table(sites, steps[sites[0].down], sites[0].down in whole)
+            for sites in groups.values()
+        ]
         self.dense = 1000 * statistics.median(dense for dense, _, _ in measured)
         # By name: widths, and the milliseconds that they save.
         self._tables: dict[str, tuple[list[int], list[float]]] = {
@@ -139,9 +144,11 @@ class Latency:
         self.dense = 1000 * dense
         self._scale = max(0.0, 1 - ratio) * self.dense / foreseen if foreseen else 0.0
 
-    def _table(self, sites: list[Site], step: int) -> tuple[float, list[int], list[float]]:
+    def _table(
+        self, sites: list[Site], step: int, whole: bool
+    ) -> tuple[float, list[int], list[float]]:
         """The dense model's seconds, and what share of them all of these save at which widths."""
-        widths = _points(sites[0].width, step)
+        widths = [*([0] if whole else []), *_points(sites[0].width, step)]
         cuts: list[_Keep] = [{}, *({site: range(width) for site in sites} for width in widths)]
         dense, ratios = self._compared([partial(self._seconds, cut) for cut in cuts])
         # A narrower layer saves no less than a wider one: what noise, or a width that suits the

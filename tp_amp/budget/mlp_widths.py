@@ -122,7 +122,7 @@ def check_narrowable(sites: Sequence[Site], *, round_to: RoundTo = 1, min_width:
     Args:
         sites: what is to be cut.
         round_to: as for `steps_of`.
-        min_width: the smallest width of an MLP.
+        min_width: the smallest width of an MLP; with 0 whole ones may go.
 
     Raises:
         ValueError: all of them do.

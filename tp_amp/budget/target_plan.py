@@ -14,7 +14,7 @@ from tp_amp.budget.width_arguments import RoundTo, check_kinds
 from tp_amp.budget.width_kinds import sites_of
 from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.running.arguments import check_importance
+from tp_amp.running.arguments import check_importance, check_whole
 from tp_amp.running.checks import check_model
 from tp_amp.running.runtimes.building import EAGER
 from tp_amp.structure.model_structure import ModelStructure, Site
@@ -32,6 +32,7 @@ def plan_for_target(
     *,
     widths: Collection[str] = ("mlp",),
     round_to: RoundTo = 1,
+    min_width: int = 1,
     runtime: str = EAGER,
     ignored_layers: Layers | None = None,
     only_layers: Layers | None = None,
@@ -56,6 +57,9 @@ def plan_for_target(
             channels of the residual `"stream"`, for which `rotate` was called first.
         round_to: widths are multiples of it, but for heads, which are counted; or a number for each
             kind, `{"mlp": 64, "qk": 8}`.
+        min_width: the smallest width of MLPs; with 0 whole ones may go where that is cheapest, of
+            which the mean stays, as the bias of what reads them. Those whose layers are
+            convolutions, or that have no such bias, keep a channel, which is logged.
         runtime: where the latency is measured: `"eager"` (PyTorch), `"compile"` (torch.compile),
             `"onnxruntime"` (needs `tp-amp[export]`) or `"openvino"` (needs `tp-amp[openvino]`).
             All but the first build the model three to five times, each for seconds to minutes.
@@ -81,6 +85,7 @@ def plan_for_target(
     """
     check_target(target, runtime)
     check_kinds(widths, round_to)
+    check_whole(0, min_width=min_width)
     check_importance(importance)
     if not isinstance(importance, ReconstructionImportance):
         raise TypeError(
@@ -91,14 +96,14 @@ def plan_for_target(
     structure = ModelStructure(model, example_inputs, num_heads=num_heads)
     every = sites_of(structure, widths)
     sites = selected(model, every, ignored_layers, only_layers)
-    check_narrowable(sites, round_to=round_to)
+    check_narrowable(sites, round_to=round_to, min_width=min_width)
     fused = [site.down for site in sites if site.first]
     if fused:
         raise ValueError(
             f"{fused} read attention and MLP side by side, whose losses are not foreseen apart; "
             "add them to ignored_layers, or use plan_from_importance or AdaptiveMLPPruner"
         )
-    budget = Budget(target, structure, sites, round_to, runtime)
+    budget = Budget(target, structure, sites, round_to, runtime, min_width)
     return plan_within(budget, structure, sites, importance)
 
 

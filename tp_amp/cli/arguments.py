@@ -244,7 +244,11 @@ then, in Python: model = tp_amp.create_model("small")
         "--round-to", type=value.positive, default=1, metavar="N", help="widths are multiples of N"
     )
     parser.add_argument(
-        "--min-width", type=value.positive, default=1, metavar="N", help="smallest width of an MLP"
+        "--min-width",
+        type=value.whole,
+        default=1,
+        metavar="N",
+        help="smallest width of an MLP; with 0, for --target and reconstruction, whole ones may go",
     )
 
 

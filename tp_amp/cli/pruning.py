@@ -77,18 +77,23 @@ class Pruning:
                 "--objective reconstruction is no entropy, by which widths are searched, and MLPs "
                 f"beside attentions as in {mlps[0].name} need a search; leave it out"
             )
+        if self._searched and not options.min_width:
+            raise ValueError(
+                "--min-width 0 is for widths that are foreseen, and MLPs beside attentions as in "
+                f"{mlps[0].name} need a search; leave it out"
+            )
         self.budget: Budget | None = None
         if options.target is not None:
             self.budget = Budget(
-                options.target, self._structure, self.sites, options.round_to, options.runtime
+                options.target,
+                self._structure,
+                self.sites,
+                options.round_to,
+                options.runtime,
+                options.min_width,
             )
             streams = [site.down for site in self.sites if isinstance(site, Stream)]
-            self.budget.check(smallest(self.budget, streams) | self._smallest_mlps(mlps))
-
-    def _smallest_mlps(self, mlps: list[MLP]) -> dict[str, int]:
-        options = self.options
-        least = -(-options.min_width // options.round_to) * options.round_to
-        return {mlp.down: min(mlp.width, least) for mlp in mlps}
+            self.budget.check(smallest(self.budget, streams))
 
     def _chosen(self) -> list[Site]:
         model, options = self.model, self.options
