@@ -112,6 +112,76 @@ def test_sizes_are_those_of_the_cut_model() -> None:
     assert 0 in plan.widths.values()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_goes_together_is_chosen_as_by_a_brute_force(seed: int) -> None:
+    """Of two that have none together or some each, on curves whose last channel is dear."""
+    generator = torch.Generator().manual_seed(seed)
+    errors, costs = {}, {}
+    for name in "abc":
+        steps = torch.rand(4, generator=generator).sort().values
+        errors[name] = torch.cat([steps.cumsum(0).flip(0), torch.zeros(1)])
+        costs[name] = torch.arange(5.0)
+    costs["a"][1:] += 2  # what all of it saves besides
+    errors["b"][0] = 0
+    least = {"a": 0, "b": 0}
+    priced = {}
+    for widths in itertools.product(range(5), range(5), range(1, 5)):
+        if bool(widths[0]) == bool(widths[1]):
+            some = dict(zip("abc", widths, strict=True))
+            cost = sum(float(costs[n][w]) for n, w in some.items())
+            priced[widths] = cost, sum(float(errors[n][w]) for n, w in some.items())
+    for price in (0.01, 0.1, 0.3, 1.0):
+        best = min(priced.values(), key=lambda found: found[1] + price * found[0])
+        found = allocate(errors, costs, best[0], least=least, together={"a": "b"})
+        assert priced[tuple(found.values())] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("kinds", [("mlp", "qk", "vo"), ("mlp", "vo")])
+@pytest.mark.parametrize("target", ["params", "macs"])
+def test_a_faint_attention_goes_with_its_queries(target: str, kinds: tuple[str, ...]) -> None:
+    """And what is foreseen is the size of the cut model."""
+    model = vit(depth=3)
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight.mul_(1e-4)
+    batches = [images(16, seed, 16, 3) for seed in range(3)]
+    tp_amp.rotate_heads(model, batches[0], batches, progress=False)
+    importance = tp_amp.ReconstructionImportance(data=batches)
+    image = batches[0][:1]
+    plan = tp_amp.plan_for_target(
+        model, image, importance, {target: 0.7}, widths=kinds, min_width=0
+    )
+    zero = [name for name, width in plan.widths.items() if not width]
+    assert "blocks.1.attn.proj" in zero
+    assert ("blocks.1.attn.qkv" in zero) == ("qk" in kinds)
+    structure = ModelStructure(model, image)
+    budget = Budget({target: 0.7}, structure, list(plan.sites.values()), min_width=0)
+    tp_amp.apply_plan(model, plan)
+    measured = tp_amp.measure(model, [image])
+    size = {"params": measured.parameters, "macs": measured.macs}[target]
+    assert budget.cost(plan.widths) == pytest.approx(size)
+    assert size <= budget.amount
+    assert set(model.blocks[1].attn.qkv.weight.shape) == {0, 24}
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_a_narrower_stream_beside_what_went_is_counted_as_it_is(kind: str) -> None:
+    """The products of queries with keys are no part of it, all else of an attention is."""
+    model = vit(depth=2)
+    batches = [images(8, seed, 16, 3) for seed in range(2)]
+    image = batches[0][:1]
+    tp_amp.rotate(model, image, batches, progress=False)
+    structure = ModelStructure(model, image)
+    sites = [*structure.mlps, *structure.some_ranks(["qk", "vo"]), *structure.some_streams()]
+    budget = Budget({kind: 1.0}, structure, sites, min_width=0)
+    gone = ("blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc2")
+    widths = {site.down: 0 if site.down in gone else site.width // 2 for site in sites}
+    keep = {name: list(range(width)) for name, width in widths.items()}
+    tp_amp.apply_plan(model, tp_amp.PruningPlan(keep, sites={site.down: site for site in sites}))
+    measured = tp_amp.measure(model, [image])
+    size = {"params": measured.parameters, "macs": measured.macs}[kind]
+    assert budget.cost(widths) == pytest.approx(size, rel=1e-12)
+
+
 def test_where_nothing_goes_the_plan_is_the_one_without() -> None:
     model = toy(depth=3)
     importance = tp_amp.ReconstructionImportance(data=BATCHES)

@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "whole MLPs by a search": (
         [*PRUNE, "--min-width", "0", "--prune-num-heads"],
-        r"--min-width 0 lets whole MLPs go .* which no search tries: .* without --prune-num-heads",
+        r"--min-width 0 lets whole MLPs and attentions go .* which no search tries: .* --prune-num",
     ),
     "widths that are searched": (
         [*PRUNE, "--widths", "mlp", "qk", "--min-width", "8"],

@@ -255,7 +255,7 @@ def refused(name: str) -> tuple[nn.Module, Any, Any]:
 
 
 REFUSED = {
-    "heads": "keeps no heads of blocks.0.attn.proj; .* no whole attention is removed",
+    "heads": "keeps no heads of blocks.0.attn.proj; .* no attention goes by its heads",
     "depthwise": "stages.0.blocks.0.mlp.dwconv is a convolution",
     "convolutions": "stages.0.blocks.0.mlp.fc1 is a convolution, and PyTorch has none of no",
 }

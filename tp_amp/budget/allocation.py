@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,7 @@ def allocate(
     budget: float,
     steps: Mapping[str, int] = MappingProxyType({}),
     least: Mapping[str, int] = MappingProxyType({}),
+    together: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Choose widths whose cost is within a budget, with the smallest sum of errors.
 
@@ -30,6 +31,7 @@ def allocate(
         budget: for the sum of the costs.
         steps: name -> what its widths are multiples of, where that is more than 1.
         least: name -> its smallest width, where that is not 1.
+        together: name -> another that has no channel where it has none, and only there.
 
     Returns:
         Name -> width.
@@ -48,10 +50,15 @@ def allocate(
     }
 
     def widths(price: float) -> dict[str, int]:
-        return {
-            name: int(kept[(errors[name][kept] + price * costs[name][kept]).argmin()])
-            for name, kept in choices.items()
-        }
+        paid = {name: errors[name] + price * costs[name] for name in errors}
+        best = {name: int(kept[paid[name][kept].argmin()]) for name, kept in choices.items()}
+        for name, other in together.items():
+            both = {n: choices[n][choices[n] > 0] for n in (name, other)}
+            some = {n: int(kept[paid[n][kept].argmin()]) for n, kept in both.items()}
+            none = sum(float(paid[n][0]) for n in some)
+            goes = none <= sum(float(paid[n][width]) for n, width in some.items())
+            best |= dict.fromkeys(some, 0) if goes else some
+        return best
 
     def cost(price: float) -> float:
         return _total(costs, widths(price))
@@ -66,7 +73,7 @@ def allocate(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > budget else (low, middle)
-    return _filled(widths(high), errors, costs, budget, choices)
+    return _filled(widths(high), errors, costs, budget, choices, {*together, *together.values()})
 
 
 def _total(costs: Mapping[str, Tensor], widths: Mapping[str, int]) -> float:
@@ -79,14 +86,18 @@ def _filled(
     costs: Mapping[str, Tensor],
     budget: float,
     choices: Mapping[str, Tensor],
+    together: Collection[str],
 ) -> dict[str, int]:
-    """Widen one layer after the other by one step, as long as that fits the budget."""
+    """Widen one layer after the other by one step, as long as that fits the budget.
+
+    What goes together with another stays away.
+    """
     left = budget - _total(costs, widths)
     while True:
         best: tuple[float, str, int] | None = None
         for name, width in widths.items():
             wider = _next(choices[name], width)
-            if wider is None:
+            if wider is None or (not width and name in together):
                 continue
             price = float(costs[name][wider] - costs[name][width])
             if price > left:

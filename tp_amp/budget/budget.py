@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tp_amp.budget.latency import Latency
-from tp_amp.budget.removal import least_widths
+from tp_amp.budget.removal import going_together, least_widths
 from tp_amp.budget.unit_costs import unit_costs
 from tp_amp.budget.width_arguments import RoundTo
 from tp_amp.budget.width_kinds import kind_of, steps_of
@@ -44,12 +44,13 @@ class Budget:
         sites: what may be cut.
         round_to: as for `steps_of`; at such widths the latency is measured.
         runtime: where the latency is measured; see `RUNTIMES`.
-        min_width: the smallest width of MLPs; with 0 whole ones may go.
+        min_width: the smallest width of MLPs; with 0 whole ones and whole attentions may go.
 
     Attributes:
         dense: what the dense model costs.
         steps: what the widths of each site are multiples of.
         least: the smallest width of each site.
+        together: the values of an attention that may go -> its queries and keys, which go too.
         measured: after `confirm`, the latency of the cut model in milliseconds.
 
     Raises:
@@ -70,25 +71,36 @@ class Budget:
         self.target, self.steps = dict(target), steps_of(sites, round_to)
         self.widths = {site.down: site.width for site in sites}
         self.least = least_widths(structure, sites, min_width, self.steps)
+        self.together = going_together(sites, self.least)
         self.latency: Latency | None = None
         self.measured: float | None = None
         self._measured_at: Mapping[str, Sequence[int]] | None = None
-        self._counted = unit_costs(self.kind, structure, sites)
+        going = [site for site in sites if kind_of(site) == "vo" and not self.least[site.down]]
+        self._counted = unit_costs(self.kind, structure, sites, going)
         self.dense, self.units = self._counted.dense, self._counted.units
         if self.kind == "latency":
             # Sites of one width whose channels make as many MACs have the same shapes and tokens.
-            whole = {down for down, width in self.least.items() if not width}
             alike = {
-                site: (kind_of(site), site.width, site.down in whole, self.units[site.down])
+                site: (kind_of(site), site.width, self.least[site.down], self.units[site.down])
                 for site in sites
             }
-            self.latency = Latency(structure, alike, self.steps, runtime, whole)
+            self.latency = Latency(structure, alike, self.steps, runtime, self.least, self.together)
             self.dense = self.latency.dense
             self.units = {site.down: self.saved(site.down, 0) / site.width for site in sites}
         self.amount = amount * self.dense if amount <= 1 else amount
 
     def saved(self, name: str, width: int) -> float:
         """What one site at a width saves of the dense model's cost."""
+        if self.latency is not None:
+            return self.latency.saved(name, width)
+        if not width and name in self._counted.whole:
+            # All of the attention, of which what its queries and keys save is counted as theirs.
+            other = self.together.get(name)
+            return self._counted.whole[name] - (self.saved(other, 0) if other else 0.0)
+        return self._beside(name, width)
+
+    def _beside(self, name: str, width: int) -> float:
+        """What one site saves, without what no other can save too: an attention's products."""
         if self.latency is not None:
             return self.latency.saved(name, width)
         return (self.widths[name] - width) * self.units[name]
@@ -110,13 +122,13 @@ class Budget:
             fixed: those of them with which all others do not save alone.
         """
         cut = {name: self.widths[name] - width for name, width in widths.items()}
-        saved = {name: self.saved(name, width) for name, width in widths.items()}
         twice = [
-            self._counted.twice(one, saved[one], {other: cut[other]})
+            self._counted.twice(one, self._beside(one, widths[one]), {other: cut[other]})
             for one, other in self._counted.shared
-            if (one in fixed or other in fixed) and one in saved and other in saved
+            if (one in fixed or other in fixed) and one in widths and other in widths
         ]
-        return self.dense - math.fsum(saved.values()) + math.fsum(twice)
+        saved = [self.saved(name, width) for name, width in widths.items()]
+        return self.dense - math.fsum(saved) + math.fsum(twice)
 
     def costs(self, name: str, fixed: Mapping[str, int] = MappingProxyType({})) -> Tensor:
         """What one site costs with 0, 1, ... channels or heads kept, `(width + 1,)`.
@@ -126,9 +138,13 @@ class Budget:
             fixed: widths of others, beside which it costs that.
         """
         cut = {other: self.widths[other] - width for other, width in fixed.items()}
-        alone = [self.saved(name, kept) for kept in range(self.widths[name] + 1)]
-        saved = torch.tensor(alone, dtype=torch.float64)
-        saved -= self._counted.twice(name, saved, cut)
+        saved, beside = (
+            torch.tensor(
+                [save(name, kept) for kept in range(self.widths[name] + 1)], dtype=torch.double
+            )
+            for save in (self.saved, self._beside)
+        )
+        saved -= self._counted.twice(name, beside, cut)
         return saved[0] - saved
 
     def tolerances(self, increase: float) -> dict[str, float]:

@@ -101,7 +101,9 @@ def _within(budget: Budget, errors: Mapping[str, Tensor], fixed: _Widths) -> _Wi
     spent = budget.separate_cost({**fixed, **dict.fromkeys(free, 0)}, fixed)
 
     def within(amount: float) -> _Widths:
-        return {**fixed, **allocate(free, costs, amount - spent, budget.steps, budget.least)}
+        left = amount - spent
+        found = allocate(free, costs, left, budget.steps, budget.least, budget.together)
+        return {**fixed, **found}
 
     widths, high = within(budget.amount), budget.amount
     if budget.cost(widths) <= budget.amount * (1 + 1e-9):

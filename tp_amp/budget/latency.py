@@ -6,8 +6,9 @@ import copy
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -46,7 +47,8 @@ class Latency:
         steps: what the measured widths of each layer are multiples of, by its `down`, since others
             may be slower.
         runtime: where the model shall be fast, one of `RUNTIMES`.
-        whole: those of which nothing may stay.
+        least: the smallest width of each, where that is 0.
+        together: layer -> another that goes where it does, and is counted there.
 
     Attributes:
         dense: milliseconds of the dense model in the runtime, the median.
@@ -62,7 +64,8 @@ class Latency:
         alike: Mapping[Site, Hashable],
         steps: Mapping[str, int],
         runtime: str = EAGER,
-        whole: Collection[str] = (),
+        least: Mapping[str, int] = MappingProxyType({}),
+        together: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         check_runtime(runtime, structure.model)
         self._graph, self._forward_fn = structure.graph, structure.forward_fn
@@ -84,6 +87,9 @@ class Latency:
         logger.info(
             "timing %d kinds of layers at up to %d widths on %s", len(groups), POINTS, self._device
         )
+        self._together = together
+        others = set(together.values())  # which never go alone
+        whole = {down for down, width in least.items() if not width} - others
         measured = [
             self._table(sites, steps[sites[0].down], sites[0].down in whole)
             for sites in groups.values()
@@ -99,8 +105,14 @@ class Latency:
             self._scale_to_runtime()
 
     def saved(self, name: str, width: int) -> float:
-        """Milliseconds that one layer saves at a width; below the smallest measured one no more."""
-        return self._scale * float(numpy.interp(width, *self._tables[name]))
+        """Milliseconds that one layer saves at a width; below the smallest measured one no more.
+
+        What others save that go with it is counted as theirs.
+        """
+        saved = float(numpy.interp(width, *self._tables[name]))
+        if not width and name in self._together:
+            saved -= float(numpy.interp(0, *self._tables[self._together[name]]))
+        return self._scale * saved
 
     def measure(self, keep: Mapping[str, Sequence[int]]) -> float:
         """Milliseconds of the model cut to `keep`, as it does beside the dense one."""

@@ -57,9 +57,10 @@ def plan_for_target(
             channels of the residual `"stream"`, for which `rotate` was called first.
         round_to: widths are multiples of it, but for heads, which are counted; or a number for each
             kind, `{"mlp": 64, "qk": 8}`.
-        min_width: the smallest width of MLPs; with 0 whole ones may go where that is cheapest, of
-            which the mean stays, as the bias of what reads them. Those whose layers are
-            convolutions, or that have no such bias, keep a channel, which is logged.
+        min_width: the smallest width of MLPs; with 0 whole ones may go where that is cheapest, and
+            with `"vo"` whole attentions, of which the mean stays, as the bias of their last layer.
+            Those whose layers are convolutions, or that have no such bias, keep a channel, which
+            is logged.
         runtime: where the latency is measured: `"eager"` (PyTorch), `"compile"` (torch.compile),
             `"onnxruntime"` (needs `tp-amp[export]`) or `"openvino"` (needs `tp-amp[openvino]`).
             All but the first build the model three to five times, each for seconds to minutes.
@@ -128,7 +129,9 @@ def plan_within(
     least = smallest(budget, streams)
     budget.check(least)
     foreseen = importance.foreseen(structure.model, sites)
-    errors = {name: found.errors for name, found in foreseen.items()}
+    errors = {name: found.errors.clone() for name, found in foreseen.items()}
+    for queries in budget.together.values():
+        errors[queries][0] = 0  # they go with all of their attention, whose loss is the values'
     tried: list[dict[str, list[int]]] = []
     for _ in range(TRIES):
         widths = joint_widths(budget, errors, streams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -29,11 +29,13 @@ class UnitCosts:
         units: of one channel or head of each site, by its `down`.
         shared: of two sites that have a layer in common, a stream second: what a channel of the one
             and a channel of the other cost both, so that cutting both counts it twice.
+        whole: the cost of the values of attentions that may go, with all that goes with them.
     """
 
     dense: float
     units: Mapping[str, float]
     shared: Mapping[tuple[str, str], float]
+    whole: Mapping[str, float] = field(default_factory=dict)
 
     def twice(self, name: str, saved: Saved, cut: Mapping[str, int]) -> Saved:
         """How much of what one site saves others save too, that have a layer in common with it.
@@ -56,8 +58,17 @@ class UnitCosts:
         return saved * less / self.units[name] if less else 0 * saved
 
 
-def unit_costs(kind: str, structure: ModelStructure, sites: Sequence[Site]) -> UnitCosts:
-    """Count the parameters, or else the MACs, of a dense model and of one cut by one channel."""
+def unit_costs(
+    kind: str, structure: ModelStructure, sites: Sequence[Site], going: Sequence[Site] = ()
+) -> UnitCosts:
+    """Count the parameters, or else the MACs, of a dense model and of one cut by one channel.
+
+    Args:
+        kind: `"params"`, or another for MACs.
+        structure: what was read of the model.
+        sites: what may be cut.
+        going: those of them, values of attentions, with which all of the attention may go.
+    """
     model, forward_fn = structure.model, structure.forward_fn
     layers = {site.down: site_layers(site) for site in sites}
 
@@ -67,8 +78,8 @@ def unit_costs(kind: str, structure: ModelStructure, sites: Sequence[Site]) -> U
         return count_macs(model, inputs, forward_fn)[""]
 
     def costs(inputs: Inputs, _: Any) -> UnitCosts:
-        def without(*some: Site) -> float:
-            keep = {site: range(1, site.width) for site in some}
+        def without(*some: Site, first: int = 1) -> float:
+            keep = {site: range(first, site.width) for site in some}
             with narrowed(structure.graph, keep):
                 return dense - count(inputs)
 
@@ -80,7 +91,8 @@ def unit_costs(kind: str, structure: ModelStructure, sites: Sequence[Site]) -> U
             if layers[one.down] & layers[other.down]:
                 amount = units[one.down] + units[other.down] - without(one, other)
                 shared[one.down, other.down] = amount
-        return UnitCosts(dense, units, shared)
+        whole = {site.down: without(site, first=site.width) for site in going}
+        return UnitCosts(dense, units, shared, whole)
 
     found: UnitCosts = shapes_first(model, structure.inputs, costs)
     return found

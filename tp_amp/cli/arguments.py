@@ -248,7 +248,8 @@ then, in Python: model = tp_amp.create_model("small")
         type=value.whole,
         default=1,
         metavar="N",
-        help="smallest width of an MLP; with 0, for --target and reconstruction, whole ones may go",
+        help="smallest width of an MLP; with 0, for --target and reconstruction, whole ones may "
+        "go, and with --widths vo whole attentions",
     )
 
 

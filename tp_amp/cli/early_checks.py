@@ -74,8 +74,8 @@ def _check_pruning(options: Namespace) -> None:
         )
     if not options.min_width and has_to_search(options):
         raise ValueError(
-            "--min-width 0 lets whole MLPs go where that is foreseen to lose least, which no "
-            "search tries: it is for --importance reconstruction with --target, without "
+            "--min-width 0 lets whole MLPs and attentions go where that is foreseen to lose least, "
+            "which no search tries: it is for --importance reconstruction with --target, without "
             "--prune-num-heads"
         )
     if options.objective == "reconstruction":

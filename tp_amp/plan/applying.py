@@ -14,6 +14,7 @@ from tp_amp.plan.cutting import check_fits, cut_all, least_reason, undone_after_
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.ranks.head_ranks import HeadRanks
 
 
 @overload
@@ -97,6 +98,11 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
             raise TypeError(f"the plan must keep a list of whole numbers of {down}, found {kept!r}")
     unknown = [down for down in plan.keep if down not in plan.sites]
     sites = {**(structure.sites(unknown) if unknown else {}), **plan.sites}
+    removed = [
+        s.name
+        for s in sites.values()
+        if isinstance(s, HeadRanks) and s.pair == "vo" and not plan.keep.get(s.down, True)
+    ]
     shared = shared_parameters(structure.model)
     for down, kept in plan.keep.items():
         site = sites[down]
@@ -114,7 +120,8 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
             )
         if down in plan.sites:
             check_fits(structure.model, site)
-        if not kept and (reason := least_reason(structure.model, site)):
+        gone = isinstance(site, HeadRanks) and site.pair == "qk" and site.name in removed
+        if not (kept or gone) and (reason := least_reason(structure.model, site)):
             raise ValueError(
                 f"the plan keeps no {site.units} of {down}; one at least has to stay: {reason}"
             )

@@ -38,7 +38,7 @@ def tell_other_coordinates(
     others: dict[str, list[str]] = {"rotate": [], "rotate_heads": []}
     for down, kept in keep.items():
         site = sites[down]
-        if list(kept) != list(range(len(kept))) or len(kept) == site.width:
+        if list(kept) != list(range(len(kept))) or len(kept) in (0, site.width):
             continue  # no plan of leading channels
         if isinstance(site, Stream) and not _norms_are_plain(model, site):
             others["rotate"].append(f"the norms of {site.name}'s stream have several weights")

@@ -38,12 +38,21 @@ def site_group(graph: Any, site: Site, units: Sequence[int]) -> Group:
 
 
 def least_reason(model: nn.Module, site: Site) -> str | None:
-    """Why one channel or head of a site has to stay at least; None where all may go."""
+    """Why one channel or head of a site has to stay at least; None where all may go.
+
+    Of queries and keys they may where those of values do: then all of the attention goes.
+    """
     if isinstance(site, MLP):
         return whole_reason(model, site)
     if isinstance(site, Stream):
         return "all of the model goes through it"
-    return "no whole attention is removed"
+    if not isinstance(site, HeadRanks):
+        return 'no attention goes by its heads; see the widths "vo", by which it may'
+    if site.pair == "qk":
+        return f"they go with the values of {site.name} alone"
+    if site.values is None:
+        return f"{site.name} gives more than its output, or another one without its values"
+    return None
 
 
 def site_layers(site: Site) -> set[str]:

@@ -11,6 +11,7 @@ from tp_amp.structure.attention.head_forward import HeadCut, HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import Part, RankLinear
 from tp_amp.structure.constant_linear import ConstantLinear
+from tp_amp.structure.ranks.removed_forward import Removed, RemovedForward
 
 
 def with_heads_cut(layer: Any, cut: dict[str, Any]) -> None:
@@ -39,3 +40,9 @@ def with_ranks_cut(layer: nn.Module, parts: dict[str, Any]) -> None:
 def with_nothing_read(layer: nn.Module, _: bool) -> None:
     """Let a Linear give its bias alone."""
     layer.__class__ = ConstantLinear
+
+
+def with_attention_removed(layer: nn.Module, removed: dict[str, Any]) -> None:
+    """Let an attention give the bias of its projection alone."""
+    layer.__class__ = adapted(RemovedForward, type(layer))
+    layer.__dict__["removed"] = Removed(**removed)

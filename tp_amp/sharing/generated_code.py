@@ -13,6 +13,7 @@ from torch import nn
 
 from tp_amp.sharing.cutting_again import cut_again
 from tp_amp.sharing.forms import (
+    with_attention_removed,
     with_heads_cut,
     with_multihead_cut,
     with_nothing_read,
@@ -24,6 +25,7 @@ from tp_amp.structure.attention.head_forward import HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import RankLinear
 from tp_amp.structure.constant_linear import ConstantLinear
+from tp_amp.structure.ranks.removed_forward import RemovedForward
 
 _HEADS = (FittingReshapes, HeadForward, adapted)
 # What turns a layer into one of a form, and of each module that it needs one thing.
@@ -32,6 +34,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "multihead": (with_multihead_cut, (*_HEADS, MultiheadForward)),
     "inside_heads": (with_ranks_cut, (RankLinear,)),
     "constant": (with_nothing_read, (ConstantLinear,)),
+    "removed": (with_attention_removed, (adapted, RemovedForward)),
 }
 _FILE = '''"""A pruned {kind}: config.json records the sizes of each layer that was cut.
 

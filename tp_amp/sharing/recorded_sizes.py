@@ -11,6 +11,7 @@ from tp_amp.structure.attention.head_forward import HeadCut, HeadForward
 from tp_amp.structure.attention.multihead_forward import MultiheadForward
 from tp_amp.structure.attention.rank_linear import RankLinear
 from tp_amp.structure.constant_linear import ConstantLinear
+from tp_amp.structure.ranks.removed_forward import RemovedForward
 
 
 def recorded_sizes(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -97,6 +98,8 @@ def _forms(layer: nn.Module) -> dict[str, Any]:
         return {"inside_heads": {"gives": parts, "reads": reads}}
     if isinstance(layer, ConstantLinear):
         return {"constant": True}
+    if isinstance(layer, RemovedForward):
+        return {"removed": asdict(layer.removed)}
     cut: HeadCut | None = vars(layer).get("head_cut")
     if isinstance(layer, HeadForward) and cut:
         return {"heads": asdict(cut)}

@@ -21,6 +21,7 @@ from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
 from tp_amp.structure.attention.rank_linear import RankLinear
 from tp_amp.structure.attention.repeats import call_form
+from tp_amp.structure.constant_linear import ConstantLinear
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,9 @@ def _read(
     if name not in calls:
         raise CannotCut("it is not called on the example inputs")
     for layer in model.get_submodule(name).modules():
-        if isinstance(layer, RankLinear):
+        if isinstance(layer, ConstantLinear):
+            raise CannotCut("all of it went before")
+        if isinstance(layer, RankLinear) and layer.out_features:
             raise CannotCut("its heads have lost channels; cut whole heads before those")
         if reason := remade(layer):
             raise CannotCut(f"of one of its layers, {reason}")

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from tp_amp.structure.attention.adapted_class import adapted
 from tp_amp.structure.attention.heads import OfHeads
 from tp_amp.structure.attention.rank_linear import Part, RankLinear
+from tp_amp.structure.constant_linear import ConstantLinear
 from tp_amp.structure.groups import make_group
+from tp_amp.structure.ranks.removed_forward import Removed, RemovedForward
 
 Pair = Literal["qk", "vo"]
 _PARTS: dict[Pair, tuple[int, ...]] = {"qk": (0, 1), "vo": (2,)}
@@ -36,6 +39,8 @@ class HeadRanks(OfHeads):
         projection: path of the output projection.
         heads: number of heads.
         width: channels of each head.
+        values: how many values the attention gives (its output, and else None; 0 for the output
+            alone), where all of it may go with the values' channels; else None.
 
     Raises:
         ValueError: `made` are none, or more than three.
@@ -53,6 +58,7 @@ class HeadRanks(OfHeads):
     projection: str
     heads: int
     width: int
+    values: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.made) not in HELD:
@@ -87,7 +93,7 @@ class HeadRanks(OfHeads):
         """Output channels of one of its Linears, where some channels of each head lie."""
         begins, rows = 0, []
         for part, held in zip(self.holds(name), self.held(layer), strict=True):
-            if part in self.parts:
+            if part in self.parts and held.kept:  # all went where the attention did
                 rows += [begins + held.kept * h + c for c in channels for h in range(self.heads)]
             begins += self.heads * held.kept
         return rows
@@ -150,6 +156,43 @@ class _RankPruner(function.LinearPruner):  # type: ignore[misc]
         return layer
 
 
+class _RemovedPruner(function.LinearPruner):  # type: ignore[misc]
+    """Drops all that is left of the Linears of an attention that goes as a whole."""
+
+    def __init__(self, site: HeadRanks) -> None:
+        super().__init__()
+        self.site = site
+
+    def prune_out_channels(self, layer: nn.Linear, idxs: Sequence[int]) -> nn.Linear:
+        """Drop the queries, keys and values that a Linear gives."""
+        held = self.site.held(layer)
+        super().prune_out_channels(layer, idxs)
+        _adapt(layer)
+        layer.gives = tuple(replace(part, kept=0) for part in held)  # type: ignore[assignment]
+        return layer
+
+    def prune_in_channels(self, layer: nn.Linear, idxs: Sequence[int]) -> nn.Linear:
+        """Drop what the projection reads."""
+        super().prune_in_channels(layer, idxs)
+        layer.__class__ = ConstantLinear
+        return layer
+
+
+class _Removal:
+    """Lets an attention give what its projection does, without computing anything else."""
+
+    pruning_dim: int  # Torch-Pruning writes it
+
+    def __init__(self, site: HeadRanks) -> None:
+        self.site = site
+
+    def prune_out_channels(self, layer: nn.Module, _: Sequence[int]) -> nn.Module:
+        """Give an attention that other forward pass."""
+        layer.__class__ = adapted(RemovedForward, type(layer))
+        layer.__dict__["removed"] = Removed(self.site.below().projection, self.site.values or 0)
+        return layer
+
+
 def _adapt(layer: nn.Linear) -> None:
     if not isinstance(layer, RankLinear):
         layer.__class__ = RankLinear
@@ -159,12 +202,17 @@ def _adapt(layer: nn.Linear) -> None:
 def rank_group(graph: Any, site: HeadRanks, channels: Sequence[int]) -> Group:
     """Make Torch-Pruning's group of some channels of each head, the root at the site's `down`.
 
+    Without any channel of the values the attention gives a constant: all of it goes, queries and
+    keys too.
+
     Args:
         graph: the `tp.DependencyGraph`; only its model and names are used.
         site: one of the widths inside an attention's heads.
         channels: indices into the channels of a head.
     """
     layers: list[tuple[str, Any, list[int]]] = []
+    if site.pair == "vo" and len(channels) == site.width:
+        return _removal_group(graph, site)
     if site.pair == "vo":
         pruner = _RankPruner(site, site.projection)
         layers.append((site.projection, pruner.prune_in_channels, site.read(channels)))
@@ -173,6 +221,16 @@ def rank_group(graph: Any, site: HeadRanks, channels: Sequence[int]) -> Group:
         layer: Any = graph.model.get_submodule(name)
         layers.append((name, pruner.prune_out_channels, site.rows(name, layer, channels)))
     return make_group(graph, layers, layers[0][2])
+
+
+def _removal_group(graph: Any, site: HeadRanks) -> Group:
+    """The group of all that an attention holds."""
+    pruner, read = _RemovedPruner(site), site.read(range(site.width))
+    layers: list[tuple[str, Any, list[int]]] = [(site.projection, pruner.prune_in_channels, read)]
+    for name in site.made:
+        layer: Any = graph.model.get_submodule(name)
+        layers.append((name, pruner.prune_out_channels, list(range(layer.out_features))))
+    return make_group(graph, [*layers, (site.name, _Removal(site).prune_out_channels, read)], read)
 
 
 @torch.no_grad()

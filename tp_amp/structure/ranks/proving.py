@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -65,7 +66,7 @@ def read_head_ranks(
     owners = {attention.name: model.get_submodule(attention.name) for attention in attentions}
     with torch.inference_mode(False), evaluating(model, trainable=False), torch.no_grad():
         calls = record_calls(model, owners, example_inputs, forward_fn)
-        proven = set()
+        proven: dict[Any, int | None] = {}
         for attention in attentions:
             for pair in get_args(Pair):
                 try:
@@ -74,8 +75,9 @@ def read_head_ranks(
                         form = site.below(), call_form(owners[attention.name], inputs)
                         if form not in proven:
                             _prove(owners[attention.name], inputs, site)
-                            proven.add(form)
-                    found.append(site)
+                            proven[form] = _values(owners[attention.name], inputs, site)
+                        values = proven[form]
+                    found.append(replace(site, values=values))
                 except CannotCut as error:
                     reasons[f"{attention.name}: {pair}"] = str(error)
     return found, reasons
@@ -122,10 +124,7 @@ def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
     kept[: dropped.start] = 1
     mask = kept.diag().expand(site.heads, -1, -1)
     mix(zeroed, inside, mask, mask)
-    graph = tp.DependencyGraph()
-    graph.model, graph.module2node = narrow, {}
-    graph._module2name = {module: name for name, module in narrow.named_modules()}
-    rank_group(graph, inside, dropped).prune(record_history=False)
+    rank_group(_graph(narrow), inside, dropped).prune(record_history=False)
     for fused in switches(model):
         expected = first_output(inputs, switched(zeroed, fused))
         try:
@@ -134,6 +133,40 @@ def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
             raise CannotCut(f"cut to half of the channels it no longer runs ({error})") from error
         if distance(found, expected) > _TOLERANCE:
             raise CannotCut("cut to half of the channels it gives another output than with zeros")
+
+
+def _values(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> int | None:
+    """How many values an attention gives, if it may go as a whole; None if not."""
+    if site.pair == "qk":
+        return None
+    inside, model = site.below(), noisy_copy(owner)
+    inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
+    given = inputs.call(model)
+    if isinstance(given, Tensor):
+        values = 0
+    elif isinstance(given, tuple) and all(value is None for value in given[1:]):
+        values = len(given)
+    else:
+        return None
+    nothing = torch.zeros(site.heads, site.width, site.width, dtype=torch.double)
+    mix(model, inside, nothing, nothing)
+    narrow = copy.deepcopy(model)
+    removal = rank_group(_graph(narrow), replace(inside, values=values), range(site.width))
+    removal.prune(record_history=False)
+    try:
+        found = first_output(inputs, narrow)
+    except Exception as error:
+        logger.debug("%s can't go as a whole (%s)", site.name, error)
+        return None
+    return values if distance(found, first_output(inputs, model)) <= _TOLERANCE else None
+
+
+def _graph(model: nn.Module) -> Any:
+    """A graph of an attention alone, that groups are made on."""
+    graph = tp.DependencyGraph()
+    graph.model, graph.module2node = model, {}
+    graph._module2name = {module: name for name, module in model.named_modules()}
+    return graph
 
 
 def _pair(site: HeadRanks) -> tuple[Tensor, Tensor]:
