@@ -223,6 +223,7 @@ def test_it_is_pruned_again() -> None:
     structure = tp_amp.inspect(pruned, batches[0])
     assert [mlp.down for mlp in structure.mlps] == [left]
     assert f"{gone}: no channel is left of it" in str(structure)
+    assert not {gone, gone.replace("fc2", "fc1")} & tp_amp.dimap_masks(pruned, 0.5).keys()
     second = tp_amp.PruningPlan({left: [1, 3]})
     again = copy.deepcopy(pruned)
     tp_amp.apply_plan(again, second, batches[0])

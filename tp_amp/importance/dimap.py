@@ -166,7 +166,8 @@ def dimap_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
             models have 0.15, 0.35 and 0.55.
 
     Returns:
-        Module path of each Linear -> what to keep of its weight, bool `(out, in)`.
+        Module path of each Linear -> what to keep of its weight, bool `(out, in)`; none of layers
+        that have no weight left.
 
     Raises:
         ValueError: no transformer block is found, weights are not finite, or the sparsity is out of
@@ -190,7 +191,9 @@ def dimap_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for names in modules:
         weights = {name: _finite(name, model.get_submodule(name)) for name in names}
-        masks |= zip(weights, _module_masks([*weights.values()], sparsity), strict=True)
+        weights = {name: weight for name, weight in weights.items() if weight.numel()}
+        if weights:
+            masks |= zip(weights, _module_masks([*weights.values()], sparsity), strict=True)
     return {name: masks[name] for name, _ in model.named_modules() if name in masks}
 
 
