@@ -46,7 +46,7 @@ class Draw:
         self.downs = [mlp.down for mlp in self.mlps]
         self.spent = np.zeros(2)  # on collecting what was used, see `clock`
         self.recalled = np.zeros(2)  # on models that were read from `folder`
-        self.trained: dict[str, float] = {}  # what the last model's distillation took, if any
+        self.trained: dict[str, Any] = {}  # what the last model's distillation took, if any
         self.collected: dict[str, tuple[np.ndarray, Any]] = {}
 
     def once(self, name: str, collect: Callable[[Draw], Any]) -> Any:

@@ -33,7 +33,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(real_students, "STEPS", 3)
+    monkeypatch.setattr(real_students, "STEPS", {"no": 3, "bf16": 3})
     AcceleratorState._reset_state(True)  # of the precision of a run before
 
 
