@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,105 @@ class Measuring(ToyViT):
         return super().forward(self.scale * x)
 
 
-TOYS = (Hooking, NotingElsewhere, Parametrizing, Building, Measuring)
+class Note:
+    """Without a dict of attributes."""
+
+    __slots__ = ("installed",)
+
+    def __init__(self) -> None:
+        self.installed = False
+
+
+class NotingInSlots(ToyViT):
+    """Installs hooks, and notes that on an object whose attributes lie in slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note = Note()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.note.installed:
+            self.note.installed = True
+            self.blocks[1].register_forward_hook(lambda _m, _a, output: 1.5 * output)
+        return super().forward(x)
+
+
+def noting_on_its_class() -> type[ToyViT]:
+    """A new class, which installs hooks and notes that on itself, in two ways, for all its models.
+
+    Its methods may change too: `scaled` is another one from the first call on.
+    """
+
+    class NotingOnItsClass(ToyViT):
+        installed = False
+        models: ClassVar[set[int]] = set()
+
+        def scaled(self, x: Tensor) -> Tensor:
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            kind = type(self)
+            if not kind.installed:
+                kind.installed = True
+                kind.also_installed = True  # type: ignore[attr-defined]
+                self.blocks[0].register_forward_hook(lambda _m, _a, output: 1.5 * output)
+                own = kind.scaled
+                kind.scaled = lambda self, x: 1.25 * own(self, x)  # type: ignore[method-assign]
+            if id(self) not in kind.models:
+                kind.models.add(id(self))
+                self.blocks[1].register_forward_hook(lambda _m, _a, output: 1.5 * output)
+            return super().forward(self.scaled(x))
+
+    return NotingOnItsClass
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * self.inner(x)  # type: ignore[no-any-return]
+
+
+class Wrapping(ToyViT):
+    """Puts a block into another module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.blocks[0], Wrapper):
+            self.blocks[0] = Wrapper(self.blocks[0])
+        return super().forward(x)
+
+
+class Rebuilding(ToyViT):
+    """Puts a layer of its own making in the place of a layer of an MLP."""
+
+    built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.built:
+            self.blocks[1].mlp.first = nn.Linear(12, 20)
+            self.built = True
+        return super().forward(x)
+
+
+class Removing(ToyViT):
+    """Takes its embedding apart, which was there to say a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "embed"):
+            weight, bias = self.embed.weight, self.embed.bias
+            del self.embed
+            self.embedding, self.shift = weight, bias
+        x = nn.functional.conv2d(x, self.embedding, self.shift, 4)
+        x = self.blocks(x.flatten(2).transpose(1, 2))
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+# What each replaces, by its path.
+REPLACING = {Wrapping: "blocks.0", Rebuilding: "blocks.1.mlp.first", Removing: "embed"}
+
+TOYS = (Hooking, NotingElsewhere, NotingInSlots, Parametrizing, Building, Measuring)
 
 
 def lazy_toy(kind: type[ToyViT]) -> ToyViT:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lazy_models import TOYS, Building, contents, lazy_toy
+from lazy_models import (
+    REPLACING,
+    TOYS,
+    Building,
+    Wrapping,
+    contents,
+    lazy_toy,
+    noting_on_its_class,
+)
 from torch import Tensor, nn
 from toys import ToyViT, images, relative
 from zoo import hugging_face_models
@@ -63,6 +72,10 @@ CALLS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+# They find what they need of the model without a graph of it.
+UNTRACED = {"attentions", "entropy_taylor", "reconstruction", "measure", "measure_both"}
+
+
 @pytest.mark.parametrize("kind", TOYS)
 @pytest.mark.parametrize("call", CALLS)
 def test_toys(kind: type[ToyViT], call: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -71,10 +84,53 @@ def test_toys(kind: type[ToyViT], call: str, caplog: pytest.LogCaptureFixture) -
     before = contents(model)
     CALLS[call](model)
     assert contents(model) == before
-    untraced = {"attentions", "entropy_taylor", "reconstruction", "measure", "measure_both"}
     assert ("Building builds late in its first" in caplog.text) == (
-        kind is Building and call not in untraced
+        kind is Building and call not in UNTRACED
     )
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_noted_on_a_class(call: str) -> None:
+    """A model of another class, which does the same, was never seen by the call."""
+    kind, other = noting_on_its_class(), noting_on_its_class()
+    model, expected = lazy_toy(kind), lazy_toy(other)(images())
+    before, method = contents(model), kind.scaled
+    CALLS[call](model)
+    assert contents(model) == before
+    assert (kind.installed, kind.models, kind.scaled) == (False, set(), method)  # type: ignore[attr-defined]
+    assert not hasattr(kind, "also_installed")
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("kind", REPLACING)
+@pytest.mark.parametrize("call", CALLS)
+def test_replaced_modules_are_refused_by_their_path(kind: type[ToyViT], call: str) -> None:
+    """Where one is asked for in a forward pass; the model is in either case as it was."""
+    model = lazy_toy(kind)
+    before = contents(model)
+    refusal = f"^{REPLACING[kind]} is not there to stay: .* {kind.__name__} .*; call the model once"
+    free = call in UNTRACED - ({"reconstruction"} if kind is Wrapping else set())
+    with nullcontext() if free else pytest.raises(ValueError, match=refusal):
+        CALLS[call](model)
+    assert contents(model) == before
+    fresh = lazy_toy(kind)
+    outputs = []
+    for each in (model, fresh):
+        torch.manual_seed(2)  # layers are drawn
+        outputs.append(each(images()))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", REPLACING)
+def test_replaced_modules_once_the_model_was_called(kind: type[ToyViT]) -> None:
+    model = lazy_toy(kind)
+    expected = model(images())
+    with pytest.raises(ValueError, match=r"is not there to stay.* once"):
+        tp_amp.compensate(lazy_toy(kind), tp_amp.PruningPlan({"blocks.1.mlp.second": [0]}), FEW)
+    for call in ("inspect", "reconstruction", "plan_for_target"):
+        CALLS[call](model)
+    assert len(tp_amp.find_mlps(model, images(1))) == 2
     assert torch.equal(model(images()), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -55,6 +56,51 @@ def test_containers_objects_and_values() -> None:
     assert model.unregistered[0].weight is weight
     assert not hasattr(model, "made")
     assert isinstance(model.head, nn.Linear)
+
+
+class Slots:
+    __slots__ = ("inner", "value")
+
+
+class MoreSlots(Slots):
+    """With a dict of attributes too."""
+
+
+def test_slots() -> None:
+    model = toy()
+    model.note, inner = Slots(), MoreSlots()
+    model.note.inner, inner.value, inner.other, inner.inner = inner, 1, 2, [3]
+    with given_back(model):
+        model.note.value = 1
+        model.note.inner = None
+        inner.value, inner.other = 5, 6
+        inner.inner.append(4)
+    assert not hasattr(model.note, "value")
+    assert model.note.inner is inner
+    assert (inner.value, inner.other, inner.inner) == (1, 2, [3])
+
+
+def test_what_stands_on_classes() -> None:
+    class Base(ToyViT):
+        notes: ClassVar[dict[str, list[int]]] = {"seen": []}
+
+        @staticmethod
+        def size() -> int:
+            return 1
+
+    class Derived(Base):
+        """Has what its base has."""
+
+    model, size = Derived(), Base.size
+    with given_back(model):
+        Base.notes["seen"].append(1)
+        Base.notes["more"] = []
+        Base.size = Derived.size = lambda: 2  # type: ignore[assignment,method-assign]
+        Derived.notes = {}
+    assert Base.notes == Derived.notes == {"seen": []}
+    assert Base.size is Derived.size is size
+    assert model.size() == 1
+    assert "size" not in vars(Derived)
 
 
 def test_a_graph_made_before_can_still_be_run_back() -> None:

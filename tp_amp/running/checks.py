@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,26 @@ def check_model(model: Any, *, values: bool = False) -> None:
             raise ValueError(f"{name or 'the model'} {reason}")
     if values:
         check_values(model)
+
+
+def check_replaced(model: nn.Module, known: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a forward pass has put another module where one with parameters was.
+
+    What is found in such a pass has no place in the model as it was before, and is again.
+
+    Args:
+        model: after the pass.
+        known: its modules by their paths, before the pass.
+    """
+    now = dict(model.named_modules())
+    for name, module in known.items():
+        if now.get(name) is not module and next(module.parameters(), None) is not None:
+            new = now.get(name)
+            done = "removes it" if new is None else f"puts a {type(new).__name__} in its place"
+            raise ValueError(
+                f"{name} is not there to stay: the first forward pass of {type(model).__name__} "
+                f"{done}; call the model once on real images before"
+            )
 
 
 def check_values(model: nn.Module) -> None:

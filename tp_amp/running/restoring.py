@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tp_amp.running.checks import check_replaced
 from tp_amp.running.snapshot import given_back
 
 if TYPE_CHECKING:
@@ -27,9 +28,17 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
     """Run in eval mode as `eval_mode` does, seeded; all that forward passes change is given back.
 
     What they put on the model, and what is drawn: by models that draw (masked autoencoders) too.
+
+    Raises:
+        ValueError: a module is looked for in vain, since a forward pass has replaced it.
     """
+    known = dict(model.named_modules())
     with given_back(model), eval_mode(model, trainable=trainable), seeded(0):
-        yield
+        try:
+            yield
+        except (AttributeError, KeyError):
+            check_replaced(model, known)
+            raise
 
 
 @contextmanager

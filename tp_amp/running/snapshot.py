@@ -14,21 +14,27 @@ import torch
 from torch import Tensor, nn
 
 # What holds no state of a model, though it has attributes.
-_NO_STATE = (type, types.FunctionType, types.MethodType, types.ModuleType, Enum, Tensor)
+_NO_STATE = (
+    *(type, types.FunctionType, types.MethodType, types.ModuleType, Enum, Tensor),
+    *(staticmethod, classmethod, property),
+)
 _HOLD_NOTHING = {str, int, float, bool, bytes, type(None), nn.Parameter}
 _CONTAINERS = (dict, list, set, deque)
+_LIBRARIES = {"builtins", "torch", "typing"}  # whose classes no model notes anything on
 _OBJECTS = 2  # a configuration, and one inside it
 
 
 class Snapshot:
     """What the modules of a model hold, down to the contents of their containers.
 
-    A first forward pass may install a hook on one module, note that on another or in their
-    configuration, and keep what it has computed in a buffer or a dict of a third. Taken back in
-    part, it would come twice or never again; here all of it is taken back: classes (which
-    parametrizations change), attributes, parameters, buffers, submodules, hooks, the contents of
-    dicts, lists and sets, attributes of plain objects, and the values of buffers and tensors that
-    are no parameters. Parameters are the same objects afterwards; their values are not looked at.
+    A first forward pass may install a hook on one module, note that on another, on their class or
+    in their configuration, and keep what it has computed in a buffer or a dict of a third. Taken
+    back in part, it would come twice or never again; here all of it is taken back: classes (which
+    parametrizations change) and what stands on them, attributes, parameters, buffers, submodules,
+    hooks, the contents of dicts, lists and sets, attributes and slots of plain objects, and the
+    values of buffers and tensors that are no parameters. Parameters are the same objects
+    afterwards; their values are not looked at. What a forward pass notes where no module leads to
+    (in a closure, or in a global dict) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +42,9 @@ class Snapshot:
         self._contents: list[tuple[Any, Any]] = []  # a container, and a copy of it
         self._empty: list[Any] = []  # containers without content: most dicts of hooks
         self._values: list[tuple[Tensor, Tensor]] = []
+        # What can't be changed as a dict: classes and objects with slots, with their attributes.
+        self._attributes: list[tuple[Any, dict[str, Any]]] = []
+        self._kinds: set[type] = set()
         seen: set[int] = set()
         rest: list[tuple[Any, int]] = [(model, 0)]
         while rest:
@@ -52,7 +61,7 @@ class Snapshot:
         """Remember a value; give what it holds, with how many plain objects it lies in."""
         if isinstance(value, nn.Module):
             self._classes.append((value, type(value)))
-            return [(vars(value), depth)]
+            return [(vars(value), depth), *self._take_kinds(type(value), depth)]
         if isinstance(value, dict):
             self._contents.append((value, dict(value)))
             return [(held, depth) for held in value.values() if type(held) not in _HOLD_NOTHING]
@@ -65,16 +74,36 @@ class Snapshot:
             if _can_be_copied(value):
                 self._values.append((value, value.detach().clone()))
             return []
+        if depth == _OBJECTS or isinstance(value, _NO_STATE):
+            return []
         attributes = getattr(value, "__dict__", None)
-        if depth < _OBJECTS and isinstance(attributes, dict) and not isinstance(value, _NO_STATE):
-            return [(attributes, depth + 1)]
-        return []
+        found = [(attributes, depth + 1)] if isinstance(attributes, dict) else []
+        if slots := _in_slots(value):
+            self._attributes.append((value, slots))
+        return [*found, *((held, depth + 1) for held in slots.values())]
+
+    def _take_kinds(self, kind: type, depth: int) -> list[tuple[Any, int]]:
+        """Remember what stands on a class and those that it is made of, but for torch's own."""
+        rest: list[tuple[Any, int]] = []
+        for part in kind.__mro__:
+            if part not in self._kinds and part.__module__.partition(".")[0] not in _LIBRARIES:
+                self._kinds.add(part)
+                self._attributes.append((part, _on_class(part)))
+                rest += [(held, depth) for held in _on_class(part).values()]
+        return rest
 
     def restore(self) -> None:
         """Give all of it back."""
         for module, own in self._classes:
             if type(module) is not own:
                 module.__class__ = own
+        for value, attributes in self._attributes:
+            now = _on_class(value) if isinstance(value, type) else _in_slots(value)
+            for name in now.keys() - attributes.keys():
+                delattr(value, name)
+            for name, held in attributes.items():
+                if name not in now or now[name] is not held:
+                    setattr(value, name, held)
         for content in self._empty:
             if content:
                 content.clear()
@@ -103,6 +132,19 @@ def given_back(model: nn.Module) -> Iterator[None]:
 
 def _can_be_copied(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _on_class(kind: type) -> dict[str, Any]:
+    return {name: held for name, held in vars(kind).items() if not name.startswith("__")}
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    """The attributes that an object keeps outside its dict."""
+    names: list[str] = []
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return {n: getattr(value, n) for n in names if n[:2] != "__" and hasattr(value, n)}
 
 
 def _restore(content: Any, held: Any) -> None:

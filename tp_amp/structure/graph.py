@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from tp_amp.running.checks import check_model
+from tp_amp.running.checks import check_model, check_replaced
 from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks, on_meta, shapes_first
 from tp_amp.running.watching import all_tensors
@@ -198,7 +198,8 @@ def build_graph(
         on_meta_device: whether to try that first.
 
     Raises:
-        ValueError: the model fails on `example_inputs`, or is compiled.
+        ValueError: the model fails on `example_inputs`, is compiled, or replaces its modules in its
+            first forward pass.
     """
     check_model(model)
     if build is None:
@@ -233,13 +234,14 @@ def _trace(
 
     # Without values no gradients are taken through the calls, so one pass records all.
     once = _has_no_values(model)
+    known = dict(model.named_modules())
     with evaluating(model, trainable=False):
         reads_images = _record_readers(model, inputs, recorded if once else run)
-    modules = set(model.modules())
+        check_replaced(model, known)
+        _tell_late(model, set(known.values()))
     with evaluating(model, trainable=True):
         if not once:
             recorded()
-        _tell_late(model, modules)
         # Never a bare tensor, with which Torch-Pruning tries the images one by one first.
         raw = inputs.kwargs or inputs.args
         changed = [module for module, call in calls.items() if _changed_in_place(call.output)]
