@@ -96,7 +96,9 @@ def plan_for_target(
     check_model(model, values=True)
     structure = ModelStructure(model, example_inputs, num_heads=num_heads)
     every = sites_of(structure, widths)
-    sites = selected(model, every, ignored_layers, only_layers)
+    sites = selected(
+        model, every, ignored_layers, only_layers, structure.adapters if "mlp" in widths else ()
+    )
     check_narrowable(sites, round_to=round_to, min_width=min_width)
     fused = [site.down for site in sites if site.first]
     if fused:

@@ -101,7 +101,8 @@ class Pruning:
         every = sites_of(self._structure, kinds)
         for argument, patterns in {"--ignore": options.ignore, "--only": options.only}.items():
             matched(model, patterns, argument)  # told by the names that were typed
-        return selected(model, every, options.ignore, options.only)
+        adapters = self._structure.adapters if "mlp" in kinds else []
+        return selected(model, every, options.ignore, options.only, adapters)
 
     def foreseen(self, scoring: list[Any]) -> PruningPlan | None:
         """The widths with the least foreseen loss; None where they have to be searched.

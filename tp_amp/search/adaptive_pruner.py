@@ -269,7 +269,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         chosen = ignored_layers, only_layers
         found = self._structure.some_attentions() if prune_num_heads else []
         every: list[Site] = [*self._structure.mlps, *found]
-        sites = selected(model, every, *chosen)
+        sites = selected(model, every, *chosen, self._structure.adapters)
         self.mlps = [site for site in sites if isinstance(site, MLP)]
         self.attentions = [site for site in sites if isinstance(site, Attention)]
         check_narrowable(self.mlps, round_to=round_to, min_width=min_width)

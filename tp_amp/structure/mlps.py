@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tp_amp.structure.graph import TracedGraph, build_graph
 from tp_amp.structure.mlp_cuts import MLP as MLP
 from tp_amp.structure.mlp_cuts import failures
 from tp_amp.structure.nodes import is_operation, is_projection, keeps_channels, outputs
-from tp_amp.structure.proofs.adapters import adapted_layer, wrapper
+from tp_amp.structure.proofs.adapters import adapted_layer, bottleneck, wrapper
 from tp_amp.structure.proofs.masked_values import differences
 from tp_amp.structure.proofs.segments import NotAnMLP, attends, check_apart, check_segment
 
@@ -41,7 +41,8 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
             arguments that the model can be called with; one image is enough.
 
     That the model runs with a channel less of each is tried, and that a copy of the module around
-    it gives what it gives with the same channels zeroed. Low-rank adapters are no MLPs.
+    it gives what it gives with the same channels zeroed. Low-rank adapters are no MLPs, and those
+    that are bottlenecks are left out: `only_layers` and plans may name them.
 
     Raises:
         ValueError: the model fails on `example_inputs`, or layers of an MLP have low-rank adapters
@@ -53,7 +54,26 @@ def find_mlps(model: nn.Module, example_inputs: Any) -> list[MLP]:
         >>> [mlp.down for mlp in tp_amp.find_mlps(model, torch.randn(1, 3, 224, 224))]
         ['blocks.0.mlp.fc2', 'blocks.1.mlp.fc2']
     """
-    return read_mlps(model, build_graph(model, example_inputs))
+    return without_adapters(model, read_mlps(model, build_graph(model, example_inputs)), {})[0]
+
+
+def without_adapters(
+    model: nn.Module, mlps: Sequence[MLP], reasons: dict[nn.Module, str]
+) -> tuple[list[MLP], list[MLP]]:
+    """Set the bottleneck adapters apart; put why their layers are in no MLP into `reasons`."""
+    offered: list[MLP] = []
+    adapters: list[MLP] = []
+    for mlp in mlps:
+        path = bottleneck(model, mlp)
+        (offered if path is None else adapters).append(mlp)
+        if path is not None:
+            told = (
+                f"it is of an adapter ({type(model.get_submodule(path)).__name__}), {mlp.width} "
+                f"channels wide, which is small as it is; only_layers=[{path!r}] cuts it"
+            )
+            logger.debug("%s is left out: %s", mlp.down, told)
+            reasons |= {model.get_submodule(name): told for name in (*mlp.up, mlp.down)}
+    return offered, adapters
 
 
 @torch.inference_mode(False)

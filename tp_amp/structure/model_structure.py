@@ -15,7 +15,7 @@ from tp_amp.structure.attention.finding import listed, read_attentions
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.chain import Step, find_chain
 from tp_amp.structure.graph import TracedGraph, build_graph, untraced_graph
-from tp_amp.structure.mlps import MLP, read_mlps
+from tp_amp.structure.mlps import MLP, read_mlps, without_adapters
 from tp_amp.structure.ranks.head_ranks import HeadRanks, Pair
 from tp_amp.structure.ranks.proving import read_head_ranks
 from tp_amp.structure.streams.reading_streams import possible_streams, proven_streams
@@ -84,7 +84,17 @@ class ModelStructure:
     @cached_property
     def mlps(self) -> list[MLP]:
         """Every MLP, in the order of the forward pass."""
-        return read_mlps(self.model, self.traced, self.reasons, tell=self._tells_ties)
+        return self._mlps[0]
+
+    @cached_property
+    def adapters(self) -> list[MLP]:
+        """Bottleneck adapters, which are cut only where they are named."""
+        return self._mlps[1]
+
+    @cached_property
+    def _mlps(self) -> tuple[list[MLP], list[MLP]]:
+        found = read_mlps(self.model, self.traced, self.reasons, tell=self._tells_ties)
+        return without_adapters(self.model, found, self.reasons)
 
     @cached_property
     def attentions(self) -> tuple[list[Attention], dict[str, str]]:
@@ -163,13 +173,15 @@ class ModelStructure:
             logger.warning("these %s: %s", whole, listed(reasons))
 
     def sites(self, names: Iterable[str]) -> dict[str, Site]:
-        """Every MLP by its `down`, and where one of `names` is none of them, the attentions too.
+        """Every MLP by its `down`; where one of `names` is none of them, adapters, attentions too.
 
         Raises:
             ValueError: one of `names` is neither an MLP's `down` nor an attention's.
         """
         found: dict[str, Site] = {mlp.down: mlp for mlp in self.mlps}
         reasons: dict[str, str] = {}
+        if not found.keys() >= set(names):
+            found |= {adapter.down: adapter for adapter in self.adapters}
         if not found.keys() >= set(names):
             attentions, reasons = self.attentions
             found |= {attention.down: attention for attention in attentions}

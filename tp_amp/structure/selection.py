@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tp_amp.structure.model_structure import Site
+from tp_amp.structure.proofs.adapters import holder
 from tp_amp.structure.streams.residual_stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def selected(
     sites: Sequence[S],
     ignored: Layers | None = None,
     only: Layers | None = None,
+    adapters: Sequence[S] = (),
 ) -> list[S]:
     """The MLPs or attentions that are to be pruned: those in `only` that hold no ignored layer.
 
@@ -35,6 +37,7 @@ def selected(
         sites: all there are.
         ignored: as for `matched`; the MLPs and attentions with a layer in it stay as they are.
         only: as for `matched`; all others stay as they are. None: all are meant.
+        adapters: more of them, which are meant where `only` names them, not what they lie in.
 
     Raises:
         ValueError: none is left, or as `matched`.
@@ -42,8 +45,12 @@ def selected(
     """
     left = list(sites)
     if only is not None:
-        wanted = matched(model, only, "only_layers")
+        named = _named(model, only, "only_layers")
+        wanted = {module for part in named for module in part.modules()}
         left = [site for site in left if _layers(model, site) & wanted]
+        for site in adapters:
+            own = model.get_submodule(holder(model, site.name))
+            left += [] if set(named).isdisjoint(own.modules()) else [site]
         if not left:
             names = [site.name or site.down for site in sites]
             raise ValueError(f"only_layers leaves nothing to prune; there are {names}")
@@ -71,14 +78,18 @@ def matched(model: nn.Module, layers: Layers | None, argument: str) -> set[nn.Mo
             those there are, or a module or parameter is none of the model's.
         TypeError: something else is among them.
     """
-    if layers is None:
-        return set()
+    named = [] if layers is None else _named(model, layers, argument)
+    return {module for part in named for module in part.modules()}
+
+
+def _named(model: nn.Module, layers: Layers, argument: str) -> list[nn.Module]:
+    """The modules that are named."""
     given = [layers] if isinstance(layers, (str, nn.Module, nn.Parameter)) else layers
     if not isinstance(given, Iterable):
         raise TypeError(f"{argument} must be a list of modules or module paths, found {given!r}")
     named = dict(model.named_modules(remove_duplicate=False))
     owned = set(named.values())
-    found: set[nn.Module] = set()
+    found: list[nn.Module] = []
     for layer in given:
         if isinstance(layer, str):
             holders: list[nn.Module] = [named[path] for path in _matching(layer, named, argument)]
@@ -91,7 +102,7 @@ def matched(model: nn.Module, layers: Layers | None, argument: str) -> set[nn.Mo
         if not holders:
             kind = type(layer).__name__
             raise ValueError(f"{argument} holds a {kind} that is no part of the model")
-        found |= {module for holder in holders for module in holder.modules()}
+        found += holders
     return found
 
 

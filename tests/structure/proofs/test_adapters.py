@@ -102,6 +102,100 @@ def test_an_mlp_beside_a_linear_shortcut_is_one() -> None:
     assert mlp.down == "mlp.second"
 
 
+class BottleneckAdapter(nn.Module):
+    """As AdapterHub writes it: down, an activation, up, with a shortcut."""
+
+    def __init__(self, width: int, narrow: int) -> None:
+        super().__init__()
+        self.adapter_down = nn.Sequential(nn.Linear(width, narrow), nn.ReLU())
+        self.adapter_up = nn.Linear(narrow, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.adapter_up(self.adapter_down(x))
+
+
+class AdapterLayer(nn.Sequential):
+    """All in a row."""
+
+
+class Beside(nn.Module):
+    """An MLP and an adapter in a row, on the same tokens."""
+
+    def __init__(self, mlp: nn.Module, narrow: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.adapter = AdapterLayer()
+        self.adapter.inner = nn.Sequential(nn.Linear(12, narrow), nn.GELU(), nn.Linear(narrow, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + self.adapter(x)
+
+
+def bottlenecked(narrow: int = 4) -> nn.Module:
+    """One behind the MLP of the first block, one beside that of the second."""
+    torch.manual_seed(0)
+    model = toy()
+    first, second = model.blocks
+    first.mlp = nn.Sequential(first.mlp, BottleneckAdapter(12, narrow))
+    second.mlp = Beside(second.mlp, narrow)
+    return model
+
+
+ADAPTERS = ["blocks.0.mlp.1.adapter_up", "blocks.1.mlp.adapter.inner.2"]
+
+
+def cut_by_target(model: nn.Module, **layers: object) -> tp_amp.PruningPlan:
+    importance = tp_amp.ReconstructionImportance(objective=None, data=[images(4)])
+    return tp_amp.plan_for_target(model, images(1), importance, {"params": 0.95}, **layers)  # type: ignore[arg-type]
+
+
+def test_bottleneck_adapters_are_cut_where_they_are_named_alone() -> None:
+    model = bottlenecked()
+    mlps = ["blocks.0.mlp.0.second", "blocks.1.mlp.mlp.second"]
+    assert [mlp.down for mlp in tp_amp.find_mlps(model, images(1))] == mlps
+    found = tp_amp.inspect(model, images(1))
+    assert [mlp.down for mlp in found.mlps] == mlps
+    told = (
+        "it is of an adapter (AdapterLayer), 4 channels wide, which is small as it is; "
+        "only_layers=['blocks.1.mlp.adapter'] cuts it"
+    )
+    assert (
+        found.kept_layers[ADAPTERS[1]] == found.kept_layers["blocks.1.mlp.adapter.inner.0"] == told
+    )
+    assert "blocks.0.mlp.1.adapter_down.0" in found.kept_layers
+    assert list(cut_by_target(model).keep) == mlps
+    assert list(cut_by_target(model, only_layers=["blocks.1"]).keep) == mlps[1:]
+    both = cut_by_target(model, only_layers=["blocks.*.mlp.mlp", "blocks.1.mlp.adapter"])
+    assert list(both.keep) == [mlps[1], ADAPTERS[1]]
+    pruner = tp_amp.AdaptiveMLPPruner(
+        model, images(1), tp_amp.DIMAPImportance(), [images(2)], only_layers=["blocks.0.mlp.*"]
+    )
+    assert [mlp.down for mlp in pruner.mlps] == [mlps[0], ADAPTERS[0]]
+
+
+def test_a_plan_may_name_an_adapter() -> None:
+    model = bottlenecked()
+    reference = copy.deepcopy(model)
+    keep = {name: [0, 2] for name in ADAPTERS}
+    tp_amp.apply_plan(model, images(1), tp_amp.PruningPlan(keep))
+    with torch.no_grad():
+        for name in keep:
+            reference.get_submodule(name).weight[:, 1::2] = 0  # type: ignore[index]
+        torch.testing.assert_close(model(images(4)), reference(images(4)))
+    assert [model.get_submodule(name).in_features for name in ADAPTERS] == [2, 2]
+
+
+def test_narrow_mlps_are_no_adapters() -> None:
+    """Pruned to a fifth, whatever is around them; and what is called an adapter and is wide."""
+    model = toy()
+    keep = {mlp.down: list(range(4)) for mlp in tp_amp.find_mlps(model, images(1))}
+    tp_amp.apply_plan(model, images(1), tp_amp.PruningPlan(keep))
+    found = tp_amp.find_mlps(model, images(1))
+    assert [mlp.width for mlp in found] == [4, 4]
+    assert len(cut_by_target(model).keep) == 2
+    assert len(tp_amp.find_mlps(bottlenecked(12), images(1))) == 4
+
+
 class Merging(nn.Linear):
     """Keeps its adapter as parameters of its own, as the first library of that kind did."""
 

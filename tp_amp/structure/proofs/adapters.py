@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tp_amp.structure.mlp_cuts import MLP
 from tp_amp.structure.nodes import (
     after,
     feeding,
@@ -18,6 +19,9 @@ from tp_amp.structure.nodes import (
 
 # What may stand between two Linears that make one map of low rank: the product, and its views.
 _LINEAR = re.compile(r"(T|Mm|Addmm|View|UnsafeView|ReshapeAlias|Clone|ToCopy)Backward\d+")
+
+# What their authors call the modules of bottleneck adapters (AdapterHub, AdaptFormer, OpenDelta).
+_ADAPTER = re.compile(r"Adapter(_?(Layer|Module))?")
 
 
 def adapted_layer(first: Any, second: Any) -> nn.Module | None:
@@ -50,6 +54,28 @@ def wrapper(model: nn.Module, name: str) -> str | None:
     holder = model.get_submodule(path)
     wraps = last == "base_layer" and callable(getattr(holder, "merge", None))
     return type(holder).__name__ if wraps else None
+
+
+def bottleneck(model: nn.Module, mlp: MLP) -> str | None:
+    """The path of the bottleneck adapter that an MLP is, if it is one.
+
+    Structure alone can't tell it from an MLP that was pruned to fewer channels than the stream has:
+    it is one where it is that narrow, and the class of what holds it says so too.
+    """
+    ends = _inputs(model.get_submodule(mlp.up[0])), outputs(model.get_submodule(mlp.down))
+    if mlp.width >= min(ends):
+        return None
+    path = holder(model, mlp.name)
+    kind = type(model.get_submodule(path)).__name__
+    match = _ADAPTER.search(kind)
+    return path if match and match.end() == len(kind) else None
+
+
+def holder(model: nn.Module, path: str) -> str:
+    """The path itself, or of what holds it, where it is one of layers in a row alone."""
+    while path and type(model.get_submodule(path)) is nn.Sequential:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _inputs(module: Any) -> int:
