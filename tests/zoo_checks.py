@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lazy_models import contents
 from torch import Tensor, nn
 from toys import perturbed, relative
 from zoo import hugging_face_models, open_clip_models, torchvision_models
@@ -26,14 +29,18 @@ GROUPS = {
 
 def run(model: nn.Module, inputs: Any) -> Tensor:
     """All tensors of the output in one, whatever its type."""
-    if isinstance(inputs, dict):
-        output = model(**inputs)
-    else:
-        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    output = called(model, inputs)
     if isinstance(output, Tensor):
         return output
     # Not CLIP's logit scale, beside which all else is small.
     return torch.cat([t.flatten() for t in tensors(output) if t.dim() and t.is_floating_point()])
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """What a model gives on example inputs."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -76,11 +83,42 @@ def hand_cut(model: nn.Module, mlps: list[tp_amp.MLP], keep: dict[str, list[int]
     return model
 
 
+@contextmanager
+def left_as_it_was(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Check that nothing of a model changes that was never called, partly frozen and in training.
+
+    Afterwards it is in eval mode, and still was never called.
+    """
+    expected = outputs(copy.deepcopy(model), inputs)
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for place, parameter in enumerate(required):
+        parameter.requires_grad_(place % 2 == 0)
+    next(model.train().children()).eval()
+    before = contents(model)
+    yield
+    assert contents(model) == before
+    for place, (parameter, flag) in enumerate(required.items()):
+        assert parameter.requires_grad == (place % 2 == 0)
+        assert parameter.grad is None
+        parameter.requires_grad_(flag)
+    found = outputs(copy.deepcopy(model.eval()), inputs)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """All tensors of the output, without gradients; what a model draws is the same each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return tensors(called(model, inputs))
+
+
 def check(name: str, model: nn.Module, inputs: Any, count: int) -> float:
     """Check a model; gives the relative difference of the pruned model to the reference."""
     warnings.filterwarnings("ignore", category=UserWarning, module="(timm|transformers|open_clip)")
     model = perturbed(model)
-    mlps = tp_amp.find_mlps(model, inputs)
+    with left_as_it_was(model, inputs):
+        mlps = tp_amp.inspect(model, inputs).mlps  # as find_mlps finds them, and all the rest
     assert len(mlps) == count, [mlp.down for mlp in mlps]
     return check_halves(name, model, mlps, inputs, traced=True)
 
