@@ -30,6 +30,9 @@ fused_out = partial(vision_transformer.ParallelScalingBlock, fuse_out_proj=True)
 TINY = {"embed_dim": 64, "num_heads": 4, "depth": 2}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 2)}
 SWIN_HEADS = {**SWIN, "num_heads": (1, 2, 4, 8)}
+# Windows are shifted and patches merged in three blocks.
+SHORT_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32}
+SHORT_SWIN |= {"depths": (2, 1), "num_heads": (2, 4), "num_classes": 5}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}
 TIMM: dict[str, Entry] = {
     "vit": timm_model("vit_tiny_patch16_224", 32, 2, img_size=32, **TINY),
@@ -101,6 +104,11 @@ TIMM: dict[str, Entry] = {
     "pit": timm_model("pit_ti_224", 224, 12),
     "convit": timm_model("convit_tiny", 224, 2, depth=2),
     "gcvit": timm_model("gcvit_xxtiny", 224, 23),
+}
+
+SHORT = {
+    "swin": timm_model("swin_tiny_patch4_window7_224", 32, 3, **SHORT_SWIN),
+    "swinv2": timm_model("swinv2_tiny_window8_256", 32, 3, **SHORT_SWIN),
 }
 
 

@@ -14,7 +14,7 @@ import torch_pruning as tp
 from head_cuts import zeroed
 from torch import Tensor, nn
 from toys import perturbed, relative
-from zoo import SWIN_HEADS, TIMM, TINY
+from zoo import SHORT, SHORT_SWIN, TIMM, TINY
 from zoo_checks import masked
 
 import tp_amp
@@ -29,7 +29,7 @@ def pictures(inputs: Tensor, count: int = 4) -> Tensor:
 
 
 def made(family: str) -> tuple[nn.Module, Tensor]:
-    build, inputs, _ = TIMM[family]
+    build, inputs, _ = (TIMM | SHORT)[family]
     torch.manual_seed(0)
     return perturbed(build()), inputs
 
@@ -95,7 +95,7 @@ IMPORTANCES: dict[str, Callable[[list[Tensor]], Any]] = {
 }
 
 
-SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
+SMALL = {"embed_dim": 16, "depths": (1, 1)}
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_steps_of_a_pruner_of_torch_pruning(family: str, importance: str) -> None:
     model, inputs = made(family)
-    if family == "swin":  # one block of each stage
+    if family == "swin":  # one block of each of two stages
         name, arguments = DROPPING[family]
         model = perturbed(timm.create_model(name, **(arguments | SMALL)))
     batch = pictures(inputs)
@@ -150,7 +150,7 @@ CUTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 DROPPING: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {**TINY, "img_size": 32}),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN_HEADS),
+    "swin": ("swin_tiny_patch4_window7_224", SHORT_SWIN),
 }
 
 
@@ -171,7 +171,7 @@ def widths(sites: list[Any]) -> dict[str, int]:
 def test_a_training_step_after_a_cut(cut: str, family: str, compiled: bool) -> None:
     """In train mode, with dropout and stochastic depth; every parameter learns."""
     name, arguments = DROPPING[family]
-    inputs = TIMM[family][1]
+    inputs = (TIMM | SHORT)[family][1]
     torch.manual_seed(0)
     model = perturbed(timm.create_model(name, **arguments, drop_path_rate=0.1, proj_drop_rate=0.1))
     CUTS[cut](model, inputs)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import quantising
 import torch
 from quantising import ROUTES
-from test_export import SWIN, takes_new_classes
+from test_export import takes_new_classes
 from torch import Tensor, nn
 from toys import images, perturbed, relative
-from zoo import TIMM, hugging_face_models, timm_model
+from zoo import SHORT, TIMM, hugging_face_models
 
 import tp_amp
 
@@ -44,7 +47,7 @@ def dense(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     entries = {
         "vit": TIMM["vit"],
-        "swin": timm_model("swin_tiny_patch4_window7_224", 32, 4, **SWIN),
+        "swin": SHORT["swin"],
         "hf_clip": hugging_face_models()["hf_clip"],
     }
     make, inputs, _ = entries[name]
@@ -66,6 +69,22 @@ def pruned(name: str) -> tuple[nn.Module, Tensor]:
 
 def batches(example: Tensor, count: int = 2) -> list[Tensor]:
     return [images(4, seed, example.shape[-1], 3) for seed in range(count)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once() -> Iterator[None]:
+    """The three routes through ONNX begin with the same file, which is written once a model."""
+    write, files = quantising.onnx_file, {}
+
+    def written(model: nn.Module, batches: list[Tensor], path: Path) -> None:
+        if model not in files:
+            write(model, batches, path)
+            files[model] = path.read_bytes()
+        path.write_bytes(files[model])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantising, "onnx_file", written)
+        yield
 
 
 QUICK = [("hf_clip", "onnxruntime dynamic int8")]  # of those that export
