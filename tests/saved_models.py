@@ -27,9 +27,11 @@ def save(loaded: Any, folder: Path) -> tp_amp.PruningPlan:
 def planned(model: nn.Module, inputs: Any) -> tp_amp.PruningPlan:
     """Half of every MLP, and one head less in every attention that can lose one."""
     inspected = tp_amp.inspect(model, inputs)
-    widths = {mlp.down: max(1, mlp.width // 2) for mlp in inspected.mlps}
-    widths |= {attention.down: attention.width - 1 for attention in inspected.attentions}
-    return tp_amp.plan_from_importance(model, inputs, tp_amp.DIMAPImportance(), widths)
+    sites = {site.down: site for site in (*inspected.mlps, *inspected.attentions)}
+    keep = {m.down: list(range(m.width))[::2][: max(1, m.width // 2)] for m in inspected.mlps}
+    keep |= {a.down: [head for head in range(a.width) if head != 1] for a in inspected.attentions}
+    dense = {name: site.width for name, site in sites.items()}
+    return tp_amp.PruningPlan(keep, dense, sites=sites)
 
 
 def vit(**arguments: Any) -> nn.Module:

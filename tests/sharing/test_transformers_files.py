@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,12 @@ def made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def cut(name: str) -> tuple[nn.Module, dict[str, Tensor], tp_amp.PruningPlan]:
-    """A model of the zoo, cut and changed since, in eval mode."""
+    """A model of the zoo, cut and changed since, in eval mode; a copy, to do with as one likes."""
+    return copy.deepcopy(cut_once(name))
+
+
+@cache
+def cut_once(name: str) -> tuple[nn.Module, dict[str, Tensor], tp_amp.PruningPlan]:
     torch.manual_seed(0)
     model, inputs = made(name.partition(",")[0])
     model = perturbed(model)
