@@ -303,12 +303,13 @@ def test_one_threshold_is_torch_prunings_global_ranking():
 
 def test_lamp_masks_of_one_module_are_dimaps():
     model = random_reference("vit")
-    names = [f"blocks.{i}.attn.qkv" for i in range(6)]
+    names = [f"blocks.{i}.attn.qkv" for i in range(len(model.blocks))]
     expected = tp_amp.dimap_masks(model, 0.4)
     for name, mask in removing.lamp_masks(model, names, 0.4).items():
         assert int((mask != expected[name]).sum()) <= 2, "float32 can't tell a few apart"
     uneven = removing.lamp_masks(model, list(expected), 0.4)
-    assert sum(int(mask.sum()) for mask in uneven.values()) == pytest.approx(0.6 * 1179648, abs=1)
+    whole = sum(mask.numel() for mask in uneven.values())
+    assert sum(int(mask.sum()) for mask in uneven.values()) == pytest.approx(0.6 * whole, abs=1)
     shares = {name: float(mask.float().mean()) for name, mask in uneven.items()}
     assert max(shares.values()) - min(shares.values()) > 0.01
 

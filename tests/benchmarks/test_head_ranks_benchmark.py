@@ -24,7 +24,8 @@ def test_head_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert head_ranks.report(record) in capsys.readouterr().out
     rows = record["models"]["vit"]["rows"]
     assert [row["kept"] for row in rows] == head_ranks.CUTS
-    width, depth = 128, 6  # half of q and k is a quarter of an attention's qkv and its biases
+    # Half of q and k is a quarter of an attention's qkv and its biases.
+    width, depth = 128, len(model.blocks)
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert rows[0]["parameters_kept"] == pytest.approx(1 - depth * width * (width + 1) / whole)
     images = torch.randn(16, 3, 32, 32)
