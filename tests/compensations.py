@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from toys import PlainMLP, perturbed, relative
-from zoo import TIMM, open_clip_models
+from zoo import by_name
 
 import tp_amp
 
@@ -126,28 +126,23 @@ def kept(gated: bool) -> Keep:
     return {name.replace("second", "out") if gated else name: k for name, k in KEEP.items()}
 
 
-def timm_entry(name: str) -> Callable[[], tuple[nn.Module, Any]]:
-    return lambda: (TIMM[name][0](), TIMM[name][1])
-
-
-def open_clip_entry() -> tuple[nn.Module, Any]:
-    make, inputs, _ = open_clip_models()["open_clip"]
-    return make(), inputs
+def entry(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+    return lambda: by_name(name)
 
 
 # Model, whether heads are cut, and how many layers are fitted.
 FAMILIES = {
-    "packed gated": (timm_entry("dinov2_giant"), False, 2),
-    "inner norm": (timm_entry("beit3"), False, 2),
-    "inner norm, gated": (timm_entry("eva02_clip"), False, 2),
-    "convolutions": (timm_entry("convnext_conv_mlp"), False, 5),
-    "global response norm": (timm_entry("convnextv2"), False, 5),
-    "depthwise convolution inside": (timm_entry("pvt_v2"), False, 8),
-    "fused parallel": (timm_entry("pwee_fused_out"), False, 2),
-    "swin": (timm_entry("swin"), False, 8),
-    "swin with heads": (timm_entry("swin"), True, 14),
-    "rotary with heads": (timm_entry("eva02"), True, 4),
-    "open_clip with heads": (open_clip_entry, True, 4),
+    "packed gated": (entry("dinov2_giant"), False, 2),
+    "inner norm": (entry("beit3"), False, 2),
+    "inner norm, gated": (entry("eva02_clip"), False, 2),
+    "convolutions": (entry("convnext_conv_mlp"), False, 5),
+    "global response norm": (entry("convnextv2"), False, 5),
+    "depthwise convolution inside": (entry("pvt_v2"), False, 4),
+    "fused parallel": (entry("pwee_fused_out"), False, 2),
+    "swin": (entry("swin"), False, 3),
+    "swin with heads": (entry("swin"), True, 6),
+    "rotary with heads": (entry("eva02"), True, 4),
+    "open_clip with heads": (entry("open_clip"), True, 4),
 }
 
 

@@ -30,9 +30,10 @@ fused_out = partial(vision_transformer.ParallelScalingBlock, fuse_out_proj=True)
 TINY = {"embed_dim": 64, "num_heads": 4, "depth": 2}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 2)}
 SWIN_HEADS = {**SWIN, "num_heads": (1, 2, 4, 8)}
-# Windows are shifted and patches merged in three blocks.
+# Windows are shifted and patches merged in three blocks; and one block for each stage.
 SHORT_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32}
 SHORT_SWIN |= {"depths": (2, 1), "num_heads": (2, 4), "num_classes": 5}
+SHORT_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}
 TIMM: dict[str, Entry] = {
     "vit": timm_model("vit_tiny_patch16_224", 32, 2, img_size=32, **TINY),
@@ -106,7 +107,9 @@ TIMM: dict[str, Entry] = {
     "gcvit": timm_model("gcvit_xxtiny", 224, 23),
 }
 
+# Of the same structure as those above, for what takes long on them.
 SHORT = {
+    "pvt_v2": timm_model("pvt_v2_b0", 64, 4, **SHORT_PVT),
     "swin": timm_model("swin_tiny_patch4_window7_224", 32, 3, **SHORT_SWIN),
     "swinv2": timm_model("swinv2_tiny_window8_256", 32, 3, **SHORT_SWIN),
 }
@@ -225,8 +228,7 @@ def hugging_face_models() -> dict[str, Entry]:
 
 
 def by_name(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A model of the zoo and inputs for it."""
-    if name in TIMM:
-        return TIMM[name][0](), TIMM[name][1]
-    make, inputs, _ = {**open_clip_models(), **hugging_face_models()}[name]
+    """A model of the zoo, the short one where there is one, and inputs for it."""
+    others = {} if name in TIMM else {**open_clip_models(), **hugging_face_models()}
+    make, inputs, _ = {**TIMM, **SHORT, **others}[name]
     return make(), inputs

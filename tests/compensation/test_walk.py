@@ -27,7 +27,7 @@ from compensations import (
 )
 from torch import Tensor, nn
 from toys import PlainMLP, fingerprint, images, perturbed, relative, toy
-from zoo import TIMM
+from zoo import by_name
 
 import tp_amp
 from tp_amp.running.shelf import Shelf
@@ -87,7 +87,8 @@ def whole_model(*_: Any) -> list[Step]:
 @pytest.mark.parametrize("name", ["vit", "swin", "eva02", "pwee_fused_out"])
 def test_chain_and_whole_model_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, example = perturbed(TIMM[name][0]()), TIMM[name][1]
+    model, example = by_name(name)
+    model = perturbed(model)
     batch = torch.randn(8, *example.shape[1:], generator=torch.Generator().manual_seed(2))
     plan = plan_of(model, example, heads=name in ("vit", "eva02"))
     chains: list[int] = []
@@ -262,7 +263,8 @@ def test_what_is_written_to_files_changes_no_bit(
         model, batch, keep = toy(), images(40), KEEP
         monkeypatch.setattr(model_structure, "find_chain", whole_model)
     else:
-        model, example = perturbed(TIMM[name][0]()), TIMM[name][1]
+        model, example = by_name(name)
+        model = perturbed(model)
         batch = torch.randn(8, *example.shape[1:], generator=torch.Generator().manual_seed(2))
         keep = plan_of(model, example)
     options: dict[str, Any] = {"every_linear": True, "refine": 1}

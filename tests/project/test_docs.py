@@ -154,7 +154,7 @@ def test_commands_run(
     """Those of the README as they are, others on models of fewer blocks."""
     if page != README:
         create = timm.create_model
-        monkeypatch.setattr(timm, "create_model", lambda *a, **n: create(*a, **{"depth": 3} | n))
+        monkeypatch.setattr(timm, "create_model", lambda *a, **n: create(*a, **{"depth": 2} | n))
     for command in runnable(page):
         program, *arguments = command.split()
         assert program == "tp-amp", command
