@@ -92,8 +92,10 @@ def report(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against the share kept, each recipe at its most used number of images."""
+    """Draw accuracy against the share kept, of the number of images that most rows have."""
     rows = summaries(record)
+    images = mode(row["images"] for row in rows)
+    rows = [row for row in rows if row["images"] == images]
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     axes = figure.add_subplot()
     accuracy, error = (100 * record["dense"][key] for key in ("accuracy", "standard_error"))
@@ -101,11 +103,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.axhspan(accuracy - error, accuracy + error, color="#666666", alpha=0.12, linewidth=0)
     names = dict.fromkeys([*CURVES, *(row["recipe"] for row in rows)])
     for name in names:
-        own = [row for row in rows if row["recipe"] == name]
-        if not own:
+        points = [row for row in rows if row["recipe"] == name]
+        if not points:
             continue
-        images = mode(row["images"] for row in own)
-        points = [row for row in own if row["images"] == images]
         colour, marker, line = CURVES.get(name, ("#444444", ".", ":"))
         axes.errorbar(
             [100 * row["parameters_kept"] for row in points],
@@ -117,11 +117,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
             linewidth=2.2 if "every Linear" in name else 1.2,
             zorder=3 if "every Linear" in name else 2,
             capsize=2,
-            label=f"{name}\n{images} photographs",
+            label=name,
         )
     axes.set_xlabel("parameters kept (%)")
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title("A ViT-S/14 cut in one shot, without labels")
+    axes.set_title(f"A ViT-S/14 cut without labels, {images} photographs")
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
