@@ -176,9 +176,12 @@ def in_runtime(table: Budget, runtime: str) -> Budget:
 def met(budget: Budget, share: float, structure: ModelStructure, importance: Any) -> dict[str, Any]:
     """One target: milliseconds of the dense and of the planned model, measured twice.
 
-    Where it is out of reach, the reason instead.
+    Where it is out of reach, the reason instead. What one target corrects of the table is not
+    carried on to the next: `plan_for_target` measures anew for each.
     """
-    assert budget.latency is not None
+    budget = copy.copy(budget)
+    budget.latency = latency = copy.copy(budget.latency)
+    assert latency is not None
     budget.amount, budget.measured = share * budget.dense, None
     row = {"dense": budget.dense, "target": budget.amount}
     try:
@@ -190,7 +193,7 @@ def met(budget: Budget, share: float, structure: ModelStructure, importance: Any
     return {
         **row,
         "measured": budget.measured,
-        "again": budget.latency.measure(plan.keep),
+        "again": latency.measure(plan.keep),
         "widths": plan.widths,
     }
 
