@@ -39,6 +39,18 @@ def settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def fewer_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference models of benchmarks have half as many blocks; all else of them is as it is."""
+    if request.path.parent.name != "benchmarks":
+        return
+    import reference
+
+    fewer = {"vit": {"depth": 3}, "swin": {"depths": (2, 2, 2)}}
+    for name, (kind, arguments) in reference.ARCHITECTURES.items():
+        monkeypatch.setitem(reference.ARCHITECTURES, name, (kind, arguments | fewer[name]))
+
+
 @pytest.fixture
 def one_thread(settings_of_the_process: None) -> None:
     """Sums come in the same order each time, and no more memory is held for each thread."""
