@@ -54,7 +54,7 @@ docs: $(VENV)/installed
 # slow ones, or those in the files of TESTS alone. What these releases can't do is skipped, and
 # listed with the reason.
 oldest: $(OLDEST)/installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not timing" -rs $(TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not timing" -rs $(TESTS)
 
 # CASES more of each property test, drawn from SEED; how many were run is added up in build/cases.log.
 cases: $(VENV)/installed

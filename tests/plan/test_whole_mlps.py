@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from distillations import distill
+from packaging.version import Version
 from small_models import packed
 from torch import Tensor, nn
 from toys import images, perturbed, relative, toy
@@ -204,6 +205,7 @@ def test_transformers_opens_it(tmp_path: Path) -> None:
     assert names.count("ConstantLinear") == 1
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="exports otherwise")
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", ["vit", "norm inside"])
 def test_runtimes_run_it(name: str, runtime: str) -> None:
