@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,9 +32,8 @@ def rotated(build: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["params", "macs"])
-@pytest.mark.parametrize("build", [vit, swin])
-def test_cost_is_that_of_the_model_cut_for_real(build: Any, kind: str) -> None:
+def drawn_cuts(build: Any, kind: str) -> Iterator[tuple[Budget, dict[str, int], nn.Module]]:
+    """What it costs at some widths, drawn, and the model that is cut to them."""
     model, image = rotated(build), pictures()[0][:1]
     structure = ModelStructure(model, image)
     sites = sites_of(structure, ALL)
@@ -47,7 +47,14 @@ def test_cost_is_that_of_the_model_cut_for_real(build: Any, kind: str) -> None:
         keep = {name: list(range(width)) for name, width in widths.items()}
         cut = copy.deepcopy(model)
         tp_amp.apply_plan(cut, tp_amp.PruningPlan(keep, sites={s.down: s for s in sites}))
-        total = tp_amp.inspect(cut, image).shares["total"]
+        yield budget, widths, cut
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("build", [vit, swin])
+def test_cost_is_that_of_the_model_cut_for_real(build: Any, kind: str) -> None:
+    for budget, widths, cut in drawn_cuts(build, kind):
+        total = tp_amp.inspect(cut, pictures()[0][:1]).shares["total"]
         assert budget.cost(widths) == (total.parameters if kind == "params" else total.macs)
 
 
@@ -196,19 +203,7 @@ def passing(model: nn.Module) -> float:
 @pytest.mark.parametrize("build", [vit, swin])
 def test_milliseconds_are_those_of_the_model_cut_for_real(build: Any) -> None:
     """Where time goes with MACs: what others save beside a narrower stream is less."""
-    model, image = rotated(build), pictures()[0][:1]
-    structure = ModelStructure(model, image)
-    sites = sites_of(structure, ALL)
-    budget = Budget({"latency": 0.5}, structure, sites)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        widths = {
-            name: int(torch.randint(max(2, width // 2), width, (1,), generator=generator))
-            for name, width in budget.widths.items()
-        }
-        keep = {name: list(range(width)) for name, width in widths.items()}
-        cut = copy.deepcopy(model)
-        tp_amp.apply_plan(cut, tp_amp.PruningPlan(keep, sites={s.down: s for s in sites}))
+    for budget, widths, cut in drawn_cuts(build, "latency"):
         assert budget.cost(widths) == pytest.approx(passing(cut), rel=1e-6)
 
 

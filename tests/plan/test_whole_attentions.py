@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import constant_sublayers
 import pytest
 import timm
 import torch
+from constant_sublayers import giving, on_average, output
 from packaging.version import Version
 from torch import Tensor, nn
 from toys import images, perturbed, relative
@@ -18,7 +20,6 @@ from zoo import SWIN_HEADS, TINY, hugging_face_models
 import tp_amp
 from tp_amp.running.inputs import example
 from tp_amp.running.runtimes.building import build
-from tp_amp.running.watching import all_tensors
 from tp_amp.structure.model_structure import ModelStructure
 from tp_amp.structure.ranks.head_ranks import HeadRanks
 from tp_amp.structure.ranks.removed_forward import RemovedForward
@@ -28,14 +29,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN_HEADS), 64),
     "hf_vit": (lambda: hugging_face_models()["hf_vit"][0](), 32),
 }
-
-
-def made(name: str) -> tuple[nn.Module, list[Any]]:
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    given = [images(3, seed, size, 3) for seed in (1, 2)]
-    batches = [{"pixel_values": x} for x in given] if name.startswith("hf_") else given
-    return perturbed(make()), batches
 
 
 def ranks(model: nn.Module, batch: Any) -> dict[str, dict[str, HeadRanks]]:
@@ -51,18 +44,8 @@ def without(*attentions: dict[str, HeadRanks]) -> tp_amp.PruningPlan:
     return tp_amp.PruningPlan({down: [] for down in sites}, sites=sites)
 
 
-def output(model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        return all_tensors(example(batch).call(model))[0]
-
-
-def giving(model: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
-    """The dense model in which some layers give a constant, by hooks."""
-    model = copy.deepcopy(model)
-    for name, value in constants.items():
-        layer = model.get_submodule(name)
-        layer.register_forward_hook(lambda _m, _a, y, value=value: value.expand_as(y))
-    return model
+def made(name: str) -> tuple[nn.Module, list[Any]]:
+    return constant_sublayers.made(*MODELS[name], wrapped=name.startswith("hf_"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,13 +65,7 @@ def test_the_model_is_the_dense_one_with_a_constant(name: str) -> None:
         pruned.get_submodule(layer).weight.numel() for pairs in found for layer in pairs["vo"].made
     )
 
-    given: list[Tensor] = []
-    projection = model.get_submodule(downs[-1])
-    handle = projection.register_forward_hook(lambda _m, _a, y: given.append(y.flatten(0, -2)))
-    for batch in batches:
-        output(model, batch)
-    handle.remove()
-    mean = torch.cat(given).double().mean(0).float()
+    mean = on_average(model, downs[-1], batches)
     fitted = copy.deepcopy(model)
     tp_amp.compensate(fitted, without(found[-1]), batches, method="mean", progress=False)
     expected = output(giving(model, {downs[-1]: mean}), batches[1])

@@ -7,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import constant_sublayers
 import pytest
 import timm
 import torch
+from constant_sublayers import giving, on_average, output
 from distillations import distill
 from packaging.version import Version
 from small_models import packed
-from torch import Tensor, nn
+from torch import nn
 from toys import images, perturbed, relative, toy
 from zoo import CONVNEXT, SWIN_HEADS, TINY, hugging_face_models
 
 import tp_amp
 from tp_amp.running.inputs import example
 from tp_amp.running.runtimes.building import build
-from tp_amp.running.watching import all_tensors
 from tp_amp.structure.constant_linear import ConstantLinear
 
 
@@ -43,36 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def made(name: str) -> tuple[nn.Module, list[Any]]:
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    given = [images(3, seed, size, 3) for seed in (1, 2)]
-    batches = [{"pixel_values": x} for x in given] if name.startswith("hf_") else given
-    return perturbed(make()), batches
-
-
-def output(model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        return all_tensors(example(batch).call(model))[0]
-
-
-def giving(model: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
-    """The dense model in which some layers give a constant, by hooks."""
-    model = copy.deepcopy(model)
-    for name, value in constants.items():
-        layer = model.get_submodule(name)
-        layer.register_forward_hook(lambda _m, _a, y, value=value: value.expand_as(y))
-    return model
-
-
-def on_average(model: nn.Module, name: str, batches: list[Any]) -> Tensor:
-    """The mean over all tokens of what a layer gives, by a hook."""
-    given: list[Tensor] = []
-    layer = model.get_submodule(name)
-    handle = layer.register_forward_hook(lambda _m, _a, y: given.append(y.flatten(0, -2)))
-    for batch in batches:
-        output(model, batch)
-    handle.remove()
-    return torch.cat(given).double().mean(0).float()
+    return constant_sublayers.made(*MODELS[name], wrapped=name.startswith("hf_"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,7 +21,7 @@ from tp_amp.structure.nodes import (
 _LINEAR = re.compile(r"(T|Mm|Addmm|View|UnsafeView|ReshapeAlias|Clone|ToCopy)Backward\d+")
 
 # What their authors call the modules of bottleneck adapters (AdapterHub, AdaptFormer, OpenDelta).
-_ADAPTER = re.compile(r"Adapter(_?(Layer|Module))?")
+_ADAPTER = re.compile(r"Adapter(_?(Layer|Module))?$")
 
 
 def adapted_layer(first: Any, second: Any) -> nn.Module | None:
@@ -66,9 +66,7 @@ def bottleneck(model: nn.Module, mlp: MLP) -> str | None:
     if mlp.width >= min(ends):
         return None
     path = holder(model, mlp.name)
-    kind = type(model.get_submodule(path)).__name__
-    match = _ADAPTER.search(kind)
-    return path if match and match.end() == len(kind) else None
+    return path if _ADAPTER.search(type(model.get_submodule(path)).__name__) else None
 
 
 def holder(model: nn.Module, path: str) -> str:
