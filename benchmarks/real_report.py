@@ -91,11 +91,15 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def alike(rows: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """The number of images that most rows have, and those rows."""
+    images = mode(row["images"] for row in rows)
+    return images, [row for row in rows if row["images"] == images]
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draw accuracy against the share kept, of the number of images that most rows have."""
-    rows = summaries(record)
-    images = mode(row["images"] for row in rows)
-    rows = [row for row in rows if row["images"] == images]
+    images, rows = alike(summaries(record))
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     axes = figure.add_subplot()
     accuracy, error = (100 * record["dense"][key] for key in ("accuracy", "standard_error"))

@@ -330,6 +330,13 @@ def test_errors_of_several_draws():
     assert found["draws"] == 2
 
 
+def test_the_picture_is_of_one_number_of_images():
+    rows = [{"images": images, "place": i} for i, images in enumerate((256, 512, 256, 512, 512))]
+    images, shown = real_report.alike(rows)
+    assert images == 512
+    assert [row["place"] for row in shown] == [1, 3, 4]
+
+
 def test_dense_model_is_judged_as_itself(task):
     found = task.judge(task.model)
     assert found["lost"] == 0

@@ -17,6 +17,7 @@ from tp_amp.budget.budget import Budget
 from tp_amp.budget.joint_widths import joint_widths, stream_choices
 from tp_amp.budget.width_kinds import sites_of
 from tp_amp.running.inputs import prepare
+from tp_amp.running.runtimes.building import Built
 from tp_amp.running.snapshot import given_back
 from tp_amp.structure.macs import count_macs
 from tp_amp.structure.model_structure import ModelStructure
@@ -32,12 +33,14 @@ def rotated(build: Any) -> nn.Module:
     return model
 
 
-def drawn_cuts(build: Any, kind: str) -> Iterator[tuple[Budget, dict[str, int], nn.Module]]:
+def drawn_cuts(
+    build: Any, kind: str, runtime: str = "eager"
+) -> Iterator[tuple[Budget, dict[str, int], nn.Module]]:
     """What it costs at some widths, drawn, and the model that is cut to them."""
     model, image = rotated(build), pictures()[0][:1]
     structure = ModelStructure(model, image)
     sites = sites_of(structure, ALL)
-    budget = Budget({kind: 0.5}, structure, sites)
+    budget = Budget({kind: 0.5}, structure, sites, runtime=runtime)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         widths = {
@@ -190,8 +193,17 @@ def test_what_reads_a_stream_and_is_ignored_keeps_it_whole() -> None:
 
 @pytest.fixture
 def macs_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a forward pass take a millisecond, and one for each 10,000 MACs."""
-    monkeypatch.setattr("tp_amp.budget.latency.seconds", lambda model, *_: passing(model) / 1000)
+    """Let a forward pass take a millisecond, and one for each 10,000 MACs; compiled a third."""
+
+    def seconds(run: Any, *_: Any) -> float:
+        return float(passing(run) if isinstance(run, nn.Module) else run()) / 1000
+
+    def built(model: nn.Module, *_: Any) -> Built:
+        taken = passing(model) / 3
+        return Built(lambda *_: taken)
+
+    monkeypatch.setattr("tp_amp.budget.latency.seconds", seconds)
+    monkeypatch.setattr("tp_amp.budget.latency.build", built)
 
 
 def passing(model: nn.Module) -> float:
@@ -205,6 +217,13 @@ def test_milliseconds_are_those_of_the_model_cut_for_real(build: Any) -> None:
     """Where time goes with MACs: what others save beside a narrower stream is less."""
     for budget, widths, cut in drawn_cuts(build, "latency"):
         assert budget.cost(widths) == pytest.approx(passing(cut), rel=1e-6)
+
+
+@pytest.mark.usefixtures("macs_clock")
+def test_milliseconds_in_a_runtime() -> None:
+    """The table is scaled by what the others save together, of which a stream saves a part too."""
+    for budget, widths, cut in drawn_cuts(vit, "latency", "compile"):
+        assert budget.cost(widths) == pytest.approx(passing(cut) / 3, rel=1e-6)
 
 
 @pytest.mark.usefixtures("macs_clock")
