@@ -63,7 +63,8 @@ def test_the_search_takes_what_is_estimated(
     foreseen, took = messages(info, logging.INFO)
     assert foreseen.startswith("the search takes at most about")
     assert took.startswith("the search took ")
-    assert told_seconds(foreseen) == pytest.approx(before.seconds, rel=0.05)
+    dense = 6 * len(data()[1]) * 1.0  # which has been run when the search tells what is to come
+    assert told_seconds(foreseen) + dense == pytest.approx(before.seconds, rel=0.02)
     # Beside the search there are a few passes: the dense one, and those that find the chain.
     assert told_seconds(took) == pytest.approx(taken, rel=0.25)
     assert told_seconds(took) <= 1.02 * told_seconds(foreseen)

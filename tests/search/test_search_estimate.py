@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
+import torch
 from searches import pruner_of
-from toys import fingerprint, toy
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+from toys import fingerprint, images, perturbed, toy
 
+import tp_amp
+from tp_amp.running import timing
 from tp_amp.running.timing import Estimate
+from tp_amp.search import search_estimate
 from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import Profile, estimate_search
 
@@ -31,6 +38,50 @@ def test_a_run_is_walked_by_hand() -> None:
     assert found == whole
     assert estimate_search(profile, [None, None], [2, 3], 1000) == Estimate(5 * 7.5, 0)
     assert estimate_search(profile, [2, 1, 0], [0, 0, 0], 1000) == Estimate(0, 0)
+
+
+@pytest.mark.parametrize("target", [None, {"params": 0.8}])
+@pytest.mark.parametrize("heads", [False, True])
+def test_blocks_are_run_as_often_as_foreseen(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, float] | None, heads: bool
+) -> None:
+    """The clock of a small Swin counts its blocks' calls on whole batches, of which most are cut.
+
+    Without a target nearly every probe that may be made is made; with one, up to three passes are,
+    in which some are known.
+    """
+    calls = 0
+    own = SwinTransformerBlock.forward
+
+    def counted(self: nn.Module, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += len(x) == 4  # fewer where the structure is read
+        return own(self, x)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(SwinTransformerBlock, "forward", counted)
+    for module in (timing, search_estimate):
+        monkeypatch.setattr(module, "clock", lambda: calls)
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "num_classes": 5}
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", depths=(2, 2), num_heads=(2, 4), **sizes
+    )
+    pictures = images(12, size=32, channels=3).split(4)
+    pruner = tp_amp.AdaptiveMLPPruner(
+        perturbed(model),
+        pictures[0],
+        tp_amp.DIMAPImportance(),
+        pictures,
+        target=target,
+        prune_num_heads=heads,
+        progress=False,
+    )
+    foreseen = pruner.estimate().seconds
+    calls = 0
+    pruner.step()
+    probes = sum(map(len, pruner.plan.probes.values()))
+    assert calls > 3 * probes  # each runs a block at least on three batches
+    assert calls <= foreseen < (1.1 if target is None else 2) * calls
 
 
 def test_the_cache_that_is_estimated_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,8 @@ def test_the_estimate_counts_the_passes(monkeypatch: pytest.MonkeyPatch) -> None
         for name in ("tp_amp.search.search_estimate.clock", "tp_amp.running.timing.clock"):
             monkeypatch.setattr(name, lambda ticks=ticks: float(next(ticks)))
         seconds.append(pruner.estimate().seconds)
-    assert seconds[1] == pytest.approx(PASSES * seconds[0])
+    # The dense pass is in both once; with a target, another pass judges the widths it fills.
+    assert (PASSES - 1) * seconds[0] < seconds[1] < PASSES * seconds[0]
 
 
 def test_the_estimate_of_a_search_counts_its_corrections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from tp_amp.search.argument_checks import check_data, check_numbers
 from tp_amp.search.bisection import accepted, most_probes
 from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
-from tp_amp.search.search_estimate import estimate_search, profiled
+from tp_amp.search.search_estimate import estimate_search, over_passes, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
 from tp_amp.search.target_search import PASSES, corrected, meet_target
 from tp_amp.search.width_search import Found, WidthSearch
@@ -316,9 +316,11 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
                 count = 1 + sum(1 for _ in passes)
         places = [prefix.place(site) for site in self._sites]
         probes = [self._most_probes(site) for site in self._sites]
-        found = estimate_search(profile.times(count), places, probes, self.cache_bytes)
+        whole = profile.times(count)
+        one = estimate_search(whole, places, probes, self.cache_bytes)
+        found = over_passes(one, whole, PASSES if self.budget else 1)
         return Estimate(
-            found.seconds * (PASSES if self.budget else 1),
+            found.seconds + whole.seconds,  # of the dense model
             found.bytes + most_bytes(self.recipe, self._sites),
         )
 

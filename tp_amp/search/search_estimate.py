@@ -103,6 +103,14 @@ def estimate_search(
     return Estimate(seconds, most)
 
 
+def over_passes(one: Estimate, profile: Profile, passes: int) -> Estimate:
+    """What several passes of a search take, from what one takes, and what is run beside them.
+
+    Widths that are filled up to a target are of no pass, and are judged on the whole model.
+    """
+    return Estimate(passes * one.seconds + (passes > 1) * profile.seconds, one.bytes)
+
+
 def _last_that_fit(sizes: Sequence[int], limit: int) -> set[int]:
     fit: set[int] = set()
     for step in reversed(range(len(sizes))):

@@ -20,7 +20,7 @@ from tp_amp.running.timing import Estimate, Stopwatch, check_estimate, tell_esti
 from tp_amp.search.bisection import accepted, search_width
 from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
-from tp_amp.search.search_estimate import Profile, estimate_search, profiled
+from tp_amp.search.search_estimate import Profile, estimate_search, over_passes, profiled
 from tp_amp.search.sequential_test import STORED, SequentialTest
 from tp_amp.search.verdicts import Verdicts
 from tp_amp.structure.model_structure import Site
@@ -135,7 +135,7 @@ class WidthSearch:
         self._passes = 0
         one = self._estimate([self.most_probes(site) for site in self.sites])
         if one is not None:
-            tell_estimate("the search", replace(one, seconds=one.seconds * passes))
+            tell_estimate("the search", over_passes(one, profile, passes))
 
     def run(self, max_increase: Mapping[str, float]) -> Found:
         """Find every width; whatever happens, the model is afterwards as it was.
