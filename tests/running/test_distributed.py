@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
@@ -106,6 +107,23 @@ def refined(rank: int, world: int) -> dict[str, Tensor]:
     return refine({"layer": layer}, steps, whole, 3)["layer"]
 
 
+def every_width(rank: int, world: int) -> tuple[tp_amp.PruningPlan, dict[str, Tensor]]:
+    """A ViT cut in its stream, inside its heads and in its MLPs: the plan and the weights."""
+    model = small_models.vit(depth=2, img_size=8, patch_size=4, in_chans=1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    example, own = images(1), shards(rank, world, 1)
+    tp_amp.rotate(model, example, own, progress=False)
+    tp_amp.rotate_heads(model, example, own, progress=False)
+    importance = ReconstructionImportance(mean_square, data=own)
+    kinds = ("mlp", "qk", "vo", "stream")
+    plan = tp_amp.plan_for_target(
+        model, example, importance, {"params": 0.6}, widths=kinds, min_width=0
+    )
+    tp_amp.compensate(model, plan, own, every_linear=True, objective=mean_square, progress=False)
+    return plan, model.state_dict()
+
+
 def caught(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
         function(*args, **options)
@@ -129,6 +147,7 @@ def sound(rank: int, world: int, folder: Path) -> dict[str, Any]:
     recipe = tp_amp.Recipe(every_linear=True, refine=3)
     found["refined plan"] = pruned(rank, world, "prediction", compensation=recipe)
     found["refined"] = refined(rank, world)
+    found["every width"] = every_width(rank, world)
     model, own = toy(), shards(rank, world, 1)
     found["errors"] = ReconstructionImportance(None).collect(model, own, progress=False).errors
     names = ["blocks.0.mlp.second"]
@@ -333,6 +352,21 @@ def test_refinement_takes_the_steps_of_one_process(
         assert weights.keys() == alone["refined plan"][1].keys()
         for layer, weight in ranks[0]["refined plan"][1].items():
             assert torch.equal(weights[layer], weight)
+
+
+def test_every_width_is_cut_and_fitted_as_by_one_process(
+    ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    plan, weights = alone["every width"]
+    kinds = {type(plan.sites[name]) for name in plan.keep}
+    assert kinds == {tp_amp.MLP, tp_amp.HeadRanks, tp_amp.Stream}
+    for found in ranks:
+        own, fitted = found["every width"]
+        assert own.to_json() == ranks[0]["every width"][0].to_json()
+        assert own.widths == plan.widths
+        for name, values in weights.items():
+            torch.testing.assert_close(fitted[name], values, rtol=1e-4, atol=1e-5)
+            assert torch.equal(fitted[name], ranks[0]["every width"][1][name])
 
 
 def test_moments_and_sensitivities_are_those_of_one_process(
