@@ -6,8 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import tiny_models
 from report_examples import AFTER, BEFORE, FIRST, HEADS, LAST, PLAN, Page
 
+import tp_amp
 from tp_amp import Measurement, PruningPlan
 from tp_amp.reports.numbers import Probe
 
@@ -105,6 +107,21 @@ def test_a_plan_without_probes_has_no_section_for_them() -> None:
     assert "Nothing was measured" in page.text
     assert [FIRST, "-", "2", "-"] in [row[:4] for row in page.rows]
     assert "Layers keep 2 channels or heads." in re.sub(r"\s+", " ", page.text)
+
+
+def test_each_kind_of_width_has_the_name_of_what_is_cut() -> None:
+    model, batches = tiny_models.vit(), tiny_models.pictures()
+    example = batches[0][:1]
+    stream = tp_amp.stream_plan(tp_amp.rotate(model, example, batches, progress=False), 0.5)
+    heads = tp_amp.rotate_heads(model, example, batches, progress=False)
+    found = []
+    for plan in (stream, tp_amp.rank_plan(heads, {"vo": 0.5})):
+        text = re.sub(r"\s+", " ", Page(plan.report().to_html()).text)
+        found += re.findall(r"(?:[A-Z][a-z ]+|MLPs) keep [^.]*\.", text)
+    assert found == [
+        "Residual streams keep 12 of 24 channels of the stream (50%).",
+        "Attentions keep 8 of 16 channels of each head (50%).",
+    ]
 
 
 def test_an_empty_plan_has_a_page() -> None:

@@ -16,7 +16,12 @@ from tp_amp.reports.slowness import reasons
 if TYPE_CHECKING:
     from tp_amp.reports.numbers import Layer, Measurement, Numbers, Probe
 
-_TITLES = {"channels": "MLPs", "heads": "Attentions"}
+_TITLES = {
+    "channels": "MLPs",
+    "heads": "Attentions",
+    "channels of each head": "Attentions",
+    "channels of the stream": "Residual streams",
+}
 _UNKNOWN = "-"
 
 
