@@ -20,6 +20,7 @@ import small_models
 import torch
 from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from toys import images, relative, toy
 
 import tp_amp
@@ -124,6 +125,17 @@ def every_width(rank: int, world: int) -> tuple[tp_amp.PruningPlan, dict[str, Te
     return plan, model.state_dict()
 
 
+def refusals(model: nn.Module, own: list[Tensor]) -> list[str]:
+    """What the first calls of every way say of a model."""
+    example, plan = images(1), tp_amp.PruningPlan({"blocks.0.mlp.second": [0, 1]})
+    return [
+        caught(tp_amp.find_mlps, model, example),
+        caught(importance_of("prediction").collect, model, own),
+        caught(tp_amp.compensate, model, plan, own, progress=False),
+        caught(AdaptiveMLPPruner, model, example, tp_amp.DIMAPImportance(), own),
+    ]
+
+
 def caught(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
         function(*args, **options)
@@ -173,6 +185,8 @@ def odd(rank: int, world: int, folder: Path) -> dict[str, Any]:
         options = {} if rank else {"cache_bytes": 0}
         found["restless plan"] = pruned(rank, world, "prediction", calibration, **options)
     found["gave up"] = lines
+    sharded = FullyShardedDataParallel(toy(), device_id=torch.device("cpu"), use_orig_params=True)
+    found["sharded"] = refusals(sharded, own) + refusals(fully_shard(toy()), own)
     found["no batch"] = caught(collect, model, own if rank else [])
     with logged("tp_amp.running.distributed") as lines:
         collect(model, shards(0, world, 1))
@@ -387,6 +401,13 @@ def test_a_rank_that_raises_ends_all_with_its_message(
     for rank, found in enumerate(ranks):
         told = "ValueError: broken image"
         assert found[where] == (told if rank == bad else f"RankError: rank {bad} failed: {told}")
+
+
+def test_a_model_sharded_over_the_ranks_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert len(found["sharded"]) == 8
+        for message in found["sharded"]:
+            assert "has its weights sharded over processes; prune first" in message
 
 
 def test_ranks_that_differ_are_told(ranks: list[dict[str, Any]]) -> None:
