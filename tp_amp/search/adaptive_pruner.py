@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,13 +22,9 @@ from tp_amp.budget.mlp_widths import check_narrowable
 from tp_amp.compensation.recipe import Recipe, apply
 from tp_amp.compensation.routing import check_called_once
 from tp_amp.compensation.walk import fit
-from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
 from tp_amp.importance.objectives import Objective, mean_objective, resolve_on
-from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.plan.cutting import cut
 from tp_amp.plan.pruning_plan import PruningPlan
-from tp_amp.plan.ranking import rank_channels
-from tp_amp.reports.numbers import Probe
 from tp_amp.running.arguments import check_flags, check_importance, check_whole
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
@@ -38,13 +34,14 @@ from tp_amp.running.inputs import example
 from tp_amp.running.runtimes.building import EAGER
 from tp_amp.running.timing import Estimate
 from tp_amp.search.argument_checks import check_data, check_numbers
-from tp_amp.search.bisection import accepted, most_probes
 from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
+from tp_amp.search.ranked_sites import ranked_sites
 from tp_amp.search.search_estimate import estimate_search, over_passes, profiled
 from tp_amp.search.sequential_test import Forwards, SequentialTest
-from tp_amp.search.target_search import PASSES, corrected, meet_target
-from tp_amp.search.width_search import Found, WidthSearch
+from tp_amp.search.target_search import PASSES, search_target
+from tp_amp.search.tried_widths import TriedWidths
+from tp_amp.search.width_search import WidthSearch
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.graph import TolerantGraph
 from tp_amp.structure.mlps import MLP
@@ -286,6 +283,9 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.min_width, self.progress = min_width, progress
         self.cache_bytes, self.error_probability = cache_bytes, error_probability
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        foreseen = self.recipe.method == "affine"  # what is lost once it is rebuilt
+        errors = getattr(importance, "errors", {}) if foreseen else {}
+        self._tried = TriedWidths(steps, min_width, round_to, max_pruning_ratio, errors)
         self._pruned = False
 
     @torch.inference_mode(False)  # parameters made in inference mode could not be trained
@@ -315,7 +315,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             else:
                 count = 1 + sum(1 for _ in passes)
         places = [prefix.place(site) for site in self._sites]
-        probes = [self._most_probes(site) for site in self._sites]
+        probes = [self._tried.most_probes(site) for site in self._sites]
         whole = profile.times(count)
         one = estimate_search(whole, places, probes, self.cache_bytes)
         found = over_passes(one, whole, PASSES if self.budget else 1)
@@ -376,14 +376,17 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         search = WidthSearch(
             self.DG,
             self._sites,
-            self._rank,
+            partial(
+                ranked_sites,
+                self.importance,
+                self.DG,
+                rescore=self.rescore,
+                checkpoint=self.checkpoint,
+                progress=self.progress,
+            ),
             lambda: mean_objective(self.model, self.calibration, objective),
             rescore=self.rescore,
-            minimum=self._minimum,
-            round_to=self._step,
-            foreseen=self._foreseen,
-            steps=self.steps,
-            most_probes=self._most_probes,
+            tried=self._tried,
             compensator=Compensator(
                 self.DG, self.compensation_data, self.recipe, [site.down for site in self._sites]
             ),
@@ -393,10 +396,13 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             passes=PASSES if self.budget else 1,
             progress=self.progress,
         )
-        found = self._meet(search, self.budget) if self.budget else search.run(self._tolerances())
+        if self.budget:
+            found, self.max_increase = search_target(search, self.budget, self.max_increase or 1e-2)
+        else:
+            found = search.run({site.down: self.max_increase for site in self._sites})
         search.end()
         for site in self._sites:
-            self._report(site, found.keep[site.down], found.probes[site.down])
+            found.tell(site, self._tried.minimum(site), self.max_increase)
         if test is not None:
             self.forwards = test.forwards
             logger.info(
@@ -441,107 +447,3 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
             **{name: describe(getattr(self, name)) for name in names},
         }
         return Checkpoint(self.checkpoint / "search.safetensors", identity)
-
-    def _tolerances(self) -> dict[str, float]:
-        return {site.down: self.max_increase for site in self._sites}
-
-    def _meet(self, search: WidthSearch, budget: Budget) -> Found:
-        """Search with the tolerance that comes closest to the target, and fill widths up to it."""
-        smallest = search.smallest()
-        budget.check(smallest)
-        runs: dict[float, Found] = {}
-
-        def run(increase: float) -> tuple[dict[str, int], dict[str, list[Probe]]]:
-            found = runs[increase] = search.run(budget.tolerances(increase))
-            return {name: len(kept) for name, kept in found.keep.items()}, found.probes
-
-        increase, widths = meet_target(
-            budget,
-            run,
-            start=self.max_increase or 1e-2,
-            entropy=search.dense_entropy,
-            smallest=smallest,
-            steps=budget.steps,
-        )
-        # The smallest widths are of no pass; those of the last one come closest.
-        found = runs.get(increase, runs[next(reversed(runs))])
-        self.max_increase = increase
-        widths = corrected(
-            budget,
-            widths,
-            lambda some: {name: sorted(found.orders[name][:width]) for name, width in some.items()},
-            smallest=smallest,
-            steps=budget.steps,
-        )
-        if widths != {name: len(kept) for name, kept in found.keep.items()}:
-            found.keep = {n: sorted(found.orders[n][:width]) for n, width in widths.items()}
-            logger.info(
-                "no tolerance gives the target itself; with the widths between two of them the "
-                "entropy is %.4f, that of the dense model %.4f",
-                search.judge(found.keep),
-                search.dense_entropy,
-            )
-        budget.confirm(found.keep)
-        return found
-
-    def _step(self, site: Site) -> int:
-        """What the widths of a site are multiples of."""
-        return self.round_to if isinstance(site, MLP) else 1
-
-    def _minimum(self, site: Site) -> int:
-        """The smallest width to try."""
-        smallest: int = self.min_width if isinstance(site, MLP) else 1
-        kept: int = math.ceil(site.width * (1 - self.max_pruning_ratio))
-        return max(smallest, kept)
-
-    def _most_probes(self, site: Site) -> int:
-        return most_probes(
-            site.width,
-            steps=self.steps,
-            minimum=self._minimum(site),
-            round_to=self._step(site),
-            first=self._foreseen(site, math.inf),
-        )
-
-    def _foreseen(self, site: Site, increase: float) -> int | None:
-        """The smallest width whose foreseen loss, once compensated, is the allowed one."""
-        errors = getattr(self.importance, "errors", {}).get(site.down)
-        if errors is None or len(errors) != site.width + 1 or self.recipe.method != "affine":
-            return None
-        return int((errors > increase).sum())
-
-    def _rank(self, sites: Sequence[Site]) -> dict[Site, list[int]]:
-        downs = [site.down for site in sites]
-        if isinstance(self.importance, EntropyTaylorImportance):
-            # Scored once for each layer, of which the file of the search tells.
-            folder = None if self.rescore else self.checkpoint
-            self.importance.refresh(self.model, downs, progress=self.progress, checkpoint=folder)
-        elif (
-            isinstance(self.importance, ReconstructionImportance)
-            and self.importance.data is not None
-        ):
-            # Attention's projections are as wide as they are long: not collected by themselves.
-            layers = {name: self.model.get_submodule(name) for name in downs}
-            known = [self.importance.knows(name, layer) for name, layer in layers.items()]
-            if self.rescore or not all(known):
-                self.importance.collect(
-                    self.model, self.importance.data, layers=downs, progress=self.progress
-                )
-        return {site: rank_channels(self.importance, self.DG, site) for site in sites}
-
-    def _report(self, site: Site, kept: Sequence[int], probes: list[Probe]) -> None:
-        best = accepted(probes)
-        if best or len(kept) < site.width:
-            entropy = [f", entropy {p.entropy:.4f}" for p in probes if p.width == len(kept)]
-            values = site.down, len(kept), site.width, site.units, "".join(entropy[-1:])
-            logger.info("%s: %d of %d %s%s", *values)
-        else:
-            logger.warning(
-                "%s keeps all %d %s: of %d widths tried from %d up, none was within %g nats",
-                site.down,
-                site.width,
-                site.units,
-                len(probes),
-                self._minimum(site),
-                self.max_increase,
-            )

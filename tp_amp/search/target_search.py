@@ -10,6 +10,7 @@ from itertools import pairwise
 from tp_amp.budget.budget import Budget
 from tp_amp.reports.numbers import Probe
 from tp_amp.search.bisection import accepted
+from tp_amp.search.width_search import Found, WidthSearch
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,51 @@ _LEAST, _MOST = 1e-12, 1e6  # tolerances (nats)
 Widths = dict[str, int]
 # Width -> rise of the entropy over the model before it, from the dense width down, never falling.
 Curve = list[tuple[int, float]]
+
+
+def search_target(search: WidthSearch, budget: Budget, start: float) -> tuple[Found, float]:
+    """Search with the tolerance that comes closest to a target, and fill widths up to it.
+
+    Args:
+        search: is run three times at most.
+        budget: what widths cost, and how much they may.
+        start: the tolerance to begin with (nats).
+
+    Returns:
+        What is kept, and the tolerance, infinite where the smallest widths were filled up.
+
+    Raises:
+        ValueError: the smallest widths cost more than they may.
+    """
+    smallest = search.tried.smallest(search.sites)
+    budget.check(smallest)
+    runs: dict[float, Found] = {}
+
+    def run(increase: float) -> tuple[Widths, dict[str, list[Probe]]]:
+        found = runs[increase] = search.run(budget.tolerances(increase))
+        return found.widths, found.probes
+
+    increase, widths = meet_target(
+        budget,
+        run,
+        start=start,
+        entropy=search.dense_entropy,
+        smallest=smallest,
+        steps=budget.steps,
+    )
+    # The smallest widths are of no pass; those of the last one come closest.
+    found = runs.get(increase, runs[next(reversed(runs))])
+    widths = corrected(budget, widths, found.best, smallest=smallest, steps=budget.steps)
+    if widths != found.widths:
+        found.keep = found.best(widths)
+        logger.info(
+            "no tolerance gives the target itself; with the widths between two of them the "
+            "entropy is %.4f, that of the dense model %.4f",
+            search.judge(found.keep),
+            search.dense_entropy,
+        )
+    budget.confirm(found.keep)
+    return found, increase
 
 
 def meet_target(

@@ -22,6 +22,7 @@ from tp_amp.search.compensated_probes import Compensator, most_bytes
 from tp_amp.search.prefix_cache import Prefix
 from tp_amp.search.search_estimate import Profile, estimate_search, over_passes, profiled
 from tp_amp.search.sequential_test import STORED, SequentialTest
+from tp_amp.search.tried_widths import TriedWidths
 from tp_amp.search.verdicts import Verdicts
 from tp_amp.structure.model_structure import Site
 
@@ -35,6 +36,39 @@ class Found:
         self.orders: dict[str, list[int]] = {}
         self.keep: dict[str, list[int]] = {}
         self.probes: dict[str, list[Probe]] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How much is kept, by `down`."""
+        return {name: len(kept) for name, kept in self.keep.items()}
+
+    def best(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """What is kept at other widths."""
+        return {name: sorted(self.orders[name][:width]) for name, width in widths.items()}
+
+    def tell(self, site: Site, smallest: int, max_increase: float) -> None:
+        """Log what is kept of a site, or why all of it is.
+
+        Args:
+            site: one that was searched.
+            smallest: the smallest width that was to be tried.
+            max_increase: the allowed increase of the entropy (nats).
+        """
+        probes, kept = self.probes[site.down], len(self.keep[site.down])
+        if accepted(probes) or kept < site.width:
+            entropy = [f", entropy {p.entropy:.4f}" for p in probes if p.width == kept]
+            values = site.down, kept, site.width, site.units, "".join(entropy[-1:])
+            logger.info("%s: %d of %d %s%s", *values)
+        else:
+            logger.warning(
+                "%s keeps all %d %s: of %d widths tried from %d up, none was within %g nats",
+                site.down,
+                site.width,
+                site.units,
+                len(probes),
+                smallest,
+                max_increase,
+            )
 
 
 class Accepted(NamedTuple):
@@ -69,11 +103,7 @@ class WidthSearch:
         rank: orders the channels or heads of some sites, the best first, on the model as it is.
         rescore: whether to rank each site again on the model as cut so far.
         entropy: of the model as it is (nats).
-        minimum: the smallest width of a site.
-        round_to: widths of a site are multiples of it.
-        foreseen: the width to try first for an allowed increase (nats), None for the middle.
-        steps: widths tried for each site at most.
-        most_probes: how many widths of a site are tried at most, for the estimate.
+        tried: which widths may be tried.
         compensator: corrects a cut layer before it is judged.
         test: measures on as few images as verdicts need, in place of `entropy`.
         prefix: what comes before a site, kept from probe to probe.
@@ -90,11 +120,7 @@ class WidthSearch:
         entropy: Callable[[], float],
         *,
         rescore: bool,
-        minimum: Callable[[Site], int],
-        round_to: Callable[[Site], int],
-        foreseen: Callable[[Site, float], int | None],
-        steps: int,
-        most_probes: Callable[[Site], int],
+        tried: TriedWidths,
         compensator: Compensator,
         test: SequentialTest | None,
         prefix: Prefix,
@@ -102,9 +128,7 @@ class WidthSearch:
         passes: int,
         progress: bool,
     ) -> None:
-        self.graph, self.sites, self.rank = graph, sites, rank
-        self.minimum, self.round_to, self.steps = minimum, round_to, steps
-        self.foreseen, self.most_probes = foreseen, most_probes
+        self.graph, self.sites, self.rank, self.tried = graph, sites, rank, tried
         self.compensator, self.progress = compensator, progress
         self._entropy, self._test, self._rescore = entropy, test, rescore
         self.prefix, self._checkpoint = prefix, checkpoint
@@ -133,7 +157,7 @@ class WidthSearch:
         if not timed:
             logger.info("no estimate of the time: the dense entropy comes from the checkpoint")
         self._passes = 0
-        one = self._estimate([self.most_probes(site) for site in self.sites])
+        one = self._estimate([tried.most_probes(site) for site in self.sites])
         if one is not None:
             tell_estimate("the search", over_passes(one, profile, passes))
 
@@ -149,22 +173,22 @@ class WidthSearch:
         self._verdicts = None if self._test is None else Verdicts(self._test)
         self._passes += 1
         with ExitStack() as self._pruned:
-            bars = bar(
-                range(len(self.sites) * self.steps), description="search", progress=self.progress
-            )
+            steps = self.tried.steps
+            every = range(len(self.sites) * steps)
+            bars = bar(every, description="search", progress=self.progress)
             for site in self.sites:
                 before = tuple(len(kept) for kept in found.keep.values())
                 order = self._order(site, before)
                 widths = Widths(site, order, before)
-                tried = self._bisect(widths, reference, max_increase[site.down], bars.update)
+                probes = self._bisect(widths, reference, max_increase[site.down], bars.update)
                 # Fewer widths may be left to try.
-                bars.update(max(0, self.steps - len(tried)))
-                best = accepted(tried)
+                bars.update(max(0, steps - len(probes)))
+                best = accepted(probes)
                 kept = widths.kept(best.width) if best else list(range(site.width))
                 if best:
                     reference = Accepted(widths.state(best.width), best.entropy)
                     self._pending.append((site, kept))
-                found.keep[site.down], found.probes[site.down] = kept, tried
+                found.keep[site.down], found.probes[site.down] = kept, probes
                 found.orders[site.down] = order
             bars.close()
         self.prefix.reset()
@@ -185,7 +209,7 @@ class WidthSearch:
         """Find the width of one site."""
         site = widths.site
         if self._verdicts is not None:
-            step = max(self.round_to(site), site.width / 2**self.steps)
+            step = max(self.tried.step(site), site.width / 2**self.tried.steps)
             self._verdicts.begin(*reference, max_increase, site.width, step)
 
         def entropy(width: int) -> float:
@@ -197,10 +221,10 @@ class WidthSearch:
             site.width,
             reference=reference.entropy,
             max_increase=max_increase,
-            steps=self.steps,
-            minimum=self.minimum(site),
-            round_to=self.round_to(site),
-            first=self.foreseen(site, max_increase),
+            steps=self.tried.steps,
+            minimum=self.tried.minimum(site),
+            round_to=self.tried.step(site),
+            first=self.tried.first(site, max_increase),
         )
 
     def _estimate(self, probes: Sequence[float]) -> Estimate | None:
@@ -213,14 +237,6 @@ class WidthSearch:
             found.seconds + self.compensator.seconds(self.sites, probes),
             found.bytes + most_bytes(self.compensator.recipe, self.sites),
         )
-
-    def smallest(self) -> dict[str, int]:
-        """The smallest widths that may be kept."""
-        widths = {}
-        for site in self.sites:
-            step = self.round_to(site)
-            widths[site.down] = min(site.width, -(-self.minimum(site) // step) * step)
-        return widths
 
     def judge(self, keep: Mapping[str, Sequence[int]]) -> float:
         """The entropy of the model cut to `keep`, which no pass has tried."""
