@@ -14,11 +14,18 @@ from tp_amp.cli.help_texts import (
     DESCRIPTION,
     EXITS,
     IMPORTANCES,
-    METHODS,
     MODEL,
-    OBJECTIVES,
     RUNTIMES,
     WIDTHS,
+)
+from tp_amp.cli.shared_arguments import (
+    add_compensation,
+    add_data,
+    add_model,
+    add_objective,
+    add_output,
+    add_place,
+    add_weights,
 )
 
 
@@ -72,7 +79,7 @@ examples:
   tp-amp inspect timm:vit_tiny_patch16_224 --model-args img_size=64 depth=4 --json
 """
     parser = add("inspect", "MODEL", "tell what can be cut, what not and why", MODEL, examples)
-    _add_model(parser)
+    add_model(parser)
 
 
 def _add_compare(add: _Add) -> None:
@@ -94,8 +101,8 @@ examples:
         CRITERIA,
         examples,
     )
-    _add_model(parser)
-    _add_data(parser, "that the metric is taken on")
+    add_model(parser)
+    add_data(parser, "that the metric is taken on")
     parser.add_argument(
         "--importance",
         nargs="+",
@@ -111,8 +118,8 @@ examples:
         metavar="FRACTION",
         help="of the channels of every MLP (default: 0.75 0.5 0.25)",
     )
-    _add_objective(parser)
-    _add_compensation(parser, "none")
+    add_objective(parser)
+    add_compensation(parser, "none")
     parser.add_argument("--plot", metavar="FILE", help="draw a picture: .png, .svg or .pdf")
 
 
@@ -140,15 +147,32 @@ then, in Python: model = tp_amp.create_model("small")
         CRITERIA,
         examples,
     )
-    _add_model(parser)
-    _add_data(parser, "that widths are searched and the result is judged on")
-    _add_output(parser, required=False)
+    add_model(parser)
+    add_data(parser, "that widths are searched and the result is judged on")
+    add_output(parser, required=False)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="tell the widths, or with a search what it would try and how long it takes; cut "
         "and write nothing",
     )
+    _add_layers(parser)
+    _add_size(parser)
+    _add_speed(parser)
+    parser.add_argument(
+        "--importance",
+        choices=tuple(IMPORTANCES),
+        default="reconstruction",
+        metavar="IMPORTANCE",
+        help="see below (default: reconstruction)",
+    )
+    add_objective(parser)
+    _add_fitting(parser)
+    _add_search(parser)
+    _add_widths(parser)
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_argument_group("which layers")
     chosen.add_argument(
         "--ignore",
@@ -160,6 +184,9 @@ then, in Python: model = tp_amp.create_model("small")
     chosen.add_argument(
         "--only", action="append", metavar="LAYER", help="prune these alone, named as for --ignore"
     )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("how small (one of the two)").add_mutually_exclusive_group(
         required=True
     )
@@ -176,6 +203,9 @@ then, in Python: model = tp_amp.create_model("small")
         metavar="NATS",
         help="of entropy that the cut of each MLP may add; the paper has 0.01",
     )
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("speed, before and after")
     speed.add_argument(
         "--runtime",
@@ -193,15 +223,10 @@ then, in Python: model = tp_amp.create_model("small")
         metavar="N",
         help="further batch sizes to measure the speed at, say 1 8 64",
     )
-    parser.add_argument(
-        "--importance",
-        choices=tuple(IMPORTANCES),
-        default="reconstruction",
-        metavar="IMPORTANCE",
-        help="see below (default: reconstruction)",
-    )
-    _add_objective(parser)
-    _add_compensation(parser, "affine")
+
+
+def _add_fitting(parser: argparse.ArgumentParser) -> None:
+    add_compensation(parser, "affine")
     parser.add_argument(
         "--every-linear",
         action=argparse.BooleanOptionalAction,
@@ -222,6 +247,9 @@ then, in Python: model = tp_amp.create_model("small")
         help="keep the activations of one block at a time while scoring and refining, for models "
         "too deep for the memory; takes about half longer (entropy and reconstruction)",
     )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="FOLDER",
@@ -230,6 +258,9 @@ then, in Python: model = tp_amp.create_model("small")
     parser.add_argument(
         "--prune-num-heads", action="store_true", help="search heads of attentions too"
     )
+
+
+def _add_widths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths",
         nargs="+",
@@ -275,11 +306,11 @@ examples:
         examples,
     )
     parser.add_argument("folder", metavar="FOLDER", help="the student, made by tp-amp prune")
-    _add_output(parser)
+    add_output(parser)
     teacher = parser.add_argument_group("teacher (one of the two)").add_mutually_exclusive_group()
     teacher.add_argument("--pretrained", action="store_true", help="the library's own weights")
-    _add_weights(teacher, "of the dense model: ")
-    _add_data(parser, "that the result is judged on", "to train on", 1024)
+    add_weights(teacher, "of the dense model: ")
+    add_data(parser, "that the result is judged on", "to train on", 1024)
     group = parser.add_argument_group("training")
     group.add_argument(
         "--epochs",
@@ -308,7 +339,7 @@ examples:
         help="write the state after each epoch, losses.json and losses.png; a killed command "
         "started again goes on from there",
     )
-    _add_place(parser.add_argument_group("model"))
+    add_place(parser.add_argument_group("model"))
 
 
 def _add_report(add: _Add) -> None:
@@ -316,98 +347,3 @@ def _add_report(add: _Add) -> None:
     parser = add("report", "FOLDER", "show what was cut where", example)
     parser.add_argument("folder", metavar="FOLDER", help="made by tp-amp prune")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots, ending in .html")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="see below")
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model-args",
-        nargs="+",
-        type=value.name_and_value,
-        default=[],
-        metavar="NAME=VALUE",
-        help="further arguments of the model: num_classes=10 img_size=64",
-    )
-    group.add_argument("--pretrained", action="store_true", help="the library's own weights")
-    _add_weights(group)
-    _add_place(group)
-
-
-def _add_weights(group: Any, whose: str = "") -> None:
-    text = f"{whose}.safetensors, or a state dict without pickled objects"
-    group.add_argument("--weights", metavar="FILE", help=text)
-
-
-def _add_place(group: Any) -> None:
-    group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: cuda if there)"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="of weights and images (default: the model's own)",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of all that is random: weights, images (default: 0)"
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument(
-        "--output", required=required, metavar="FOLDER", help="to write; must be empty or not there"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the files of an earlier run in --output"
-    )
-
-
-def _add_data(
-    parser: argparse.ArgumentParser, purpose: str, first: str = "that score", count: int = 256
-) -> None:
-    group = parser.add_argument_group("images, without labels unless said otherwise")
-    group.add_argument("--data", required=True, metavar="DATA", help="see below")
-    group.add_argument(
-        "--split", default="train", metavar="NAME", help="of datasets:NAME (default: train)"
-    )
-    group.add_argument(
-        "--images",
-        type=value.positive,
-        default=count,
-        metavar="N",
-        help=f"{first} (default: {count})",
-    )
-    group.add_argument(
-        "--search-images",
-        type=value.positive,
-        default=128,
-        metavar="N",
-        help=f"others, {purpose} (default: 128)",
-    )
-    group.add_argument(
-        "--batch-size", type=value.positive, default=32, metavar="N", help="(default: 32)"
-    )
-    group.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that can't be decoded"
-    )
-
-
-def _add_objective(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--objective",
-        choices=OBJECTIVES,
-        default="auto",
-        help="what the model is for, by which scores and errors count: its predictions, or the "
-        "similarities of its features; reconstruction: all errors of a layer count the same, as "
-        "for dense prediction (default: auto, by the model's output)",
-    )
-
-
-def _add_compensation(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--compensation",
-        choices=METHODS,
-        default=default,
-        help="fold what the cut neurons said into the bias (mean), or into the weights of the "
-        f"kept ones too (affine); default: {default}",
-    )
