@@ -7,9 +7,10 @@ from torch import nn
 from toys import fingerprint, images, masked, relative, toy
 
 from tp_amp.plan.cutting import narrowed
-from tp_amp.structure.graph import TolerantGraph, build_graph
+from tp_amp.structure.graph import build_graph
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.mlps import read_mlps
+from tp_amp.structure.tolerant_graph import TolerantGraph
 
 
 def traced(model: nn.Module) -> list[tuple[object, MLP]]:

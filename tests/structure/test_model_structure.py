@@ -11,8 +11,8 @@ import torch
 from toys import images, toy
 
 import tp_amp
-from tp_amp.structure.graph import TolerantGraph
 from tp_amp.structure.model_structure import ModelStructure
+from tp_amp.structure.tolerant_graph import TolerantGraph
 
 Traces = list[type]
 

@@ -22,8 +22,8 @@ from tp_amp.running.arguments import check_importance, check_number
 from tp_amp.running.batches import bar, check_batches, split_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.restoring import evaluating, seeded
-from tp_amp.structure.graph import untraced_graph
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 logger = logging.getLogger(__name__)
 

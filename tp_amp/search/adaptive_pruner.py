@@ -43,11 +43,11 @@ from tp_amp.search.target_search import PASSES, search_target
 from tp_amp.search.tried_widths import TriedWidths
 from tp_amp.search.width_search import WidthSearch
 from tp_amp.structure.attention.heads import Attention
-from tp_amp.structure.graph import TolerantGraph
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.observing import observing
 from tp_amp.structure.selection import Layers, matched, selected
+from tp_amp.structure.tolerant_graph import TolerantGraph
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from tp_amp.running.inputs import Inputs, example
 from tp_amp.structure.attention.finding import listed, read_attentions
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.chain import Step, find_chain
-from tp_amp.structure.graph import TracedGraph, build_graph, untraced_graph
+from tp_amp.structure.graph import TracedGraph, build_graph
 from tp_amp.structure.mlps import MLP, read_mlps, without_adapters
 from tp_amp.structure.ranks.head_ranks import HeadRanks, Pair
 from tp_amp.structure.ranks.proving import read_head_ranks
 from tp_amp.structure.streams.reading_streams import possible_streams, proven_streams
 from tp_amp.structure.streams.residual_stream import Stream
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch_pruning import ops
 
-from tp_amp.structure.graph import channels_of
+from tp_amp.structure.tolerant_graph import channels_of
 
 _NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 

@@ -9,8 +9,8 @@ import torch
 from test_turning import STREAM, WIDTH, Toy, toy
 from torch import nn
 
-from tp_amp.structure.graph import untraced_graph
 from tp_amp.structure.streams.stream_cuts import around, held, leading, stream_group
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 
 @pytest.mark.parametrize("dropped", [[4, 5], [0, 3]])

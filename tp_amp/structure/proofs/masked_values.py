@@ -24,8 +24,9 @@ from tp_amp.structure.attention.checking import (
 )
 from tp_amp.structure.attention.finding import record_calls
 from tp_amp.structure.attention.repeats import call_form
-from tp_amp.structure.graph import TracedGraph, untraced_graph
+from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tp_amp.running.restoring import hooks
-from tp_amp.structure.graph import untraced_graph
 from tp_amp.structure.streams.norm_kinds import kind_of
 from tp_amp.structure.streams.residual_stream import Stream
 from tp_amp.structure.streams.stream_cuts import leading, stream_group
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 # Norms add a small number to a variance that is smaller once channels are cut: where weights are
 # small, outputs differ by it. On the copy it is as good as none.

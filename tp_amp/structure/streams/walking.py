@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch_pruning import ops
 
-from tp_amp.structure.graph import TracedGraph, channels_of
+from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.streams.graph_weights import GraphWeights, is_product, operation_name
 from tp_amp.structure.streams.norm_kinds import Kind, kind_of
 from tp_amp.structure.streams.residual_stream import Reading, Written
@@ -22,6 +22,7 @@ from tp_amp.structure.streams.stream_nodes import (
     sources,
     unusual,
 )
+from tp_amp.structure.tolerant_graph import channels_of
 
 
 @dataclass
