@@ -4,7 +4,9 @@
     python tests/upstream_patches.py --source FOLDER      # or takes it from there
 
 It applies all patches in order to release 1.6.1 and runs Torch-Pruning's own tests without and with
-them, each file in a process of its own, then the patches' tests.
+them, each file in a process of its own, then the patches' tests. Pretrained weights, which some of
+these tests ask for, are not fetched: such models get random weights, the same each time. The
+outcome goes into the table of UPSTREAM.md.
 """
 
 from __future__ import annotations
@@ -23,6 +25,24 @@ RELEASE = "torch-pruning==1.6.1"
 # Tests of the release that relied on what a patch mends.
 CHANGED_TESTS = ["tests/test_concat.py"]
 LONGEST = 900  # seconds for one file of tests
+PAGE, MARK = Path(__file__).parents[1] / "UPSTREAM.md", "<!-- outcome -->"
+# A plugin of pytest. Torchvision takes the function by its name, so before its import.
+WITHOUT_DOWNLOADS = """
+import torch
+
+nothing, load = {}, torch.nn.Module.load_state_dict
+torch.hub.load_state_dict_from_url = lambda *args, **options: nothing
+
+def same_each_time(self, state, *args, **options):
+    if state is not nothing:
+        return load(self, state, *args, **options)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in self.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+
+torch.nn.Module.load_state_dict = same_each_time
+"""
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -73,10 +93,19 @@ def without_fixes(repository: Path) -> None:
 
 def outcome(repository: Path, file: str) -> str:
     """Run one file of tests: what pytest says in its last line, without the time."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    plugins = repository.parent / "plugins"
+    plugins.mkdir(exist_ok=True)
+    (plugins / "without_downloads.py").write_text(WITHOUT_DOWNLOADS)
     try:
         done = subprocess.run(
-            command, cwd=repository, capture_output=True, text=True, timeout=LONGEST, check=False
+            [*command, "-p", "without_downloads", file],
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(plugins)},
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"longer than {LONGEST} s"
@@ -84,11 +113,18 @@ def outcome(repository: Path, file: str) -> str:
     return lines[-1].split(" in ")[0].strip("= ")
 
 
+def table(rows: dict[str, tuple[str, str]]) -> str:
+    """In Markdown: by file, what its tests say without and with the patches."""
+    lines = [f"| `{file}` | {before} | {after} |" for file, (before, after) in rows.items()]
+    return "\n".join(["| file | without | with |", "|---|---|---|", *lines])
+
+
 def main() -> int:
-    """Print a table; the status is 1 if a patch changes what Torch-Pruning's own tests say."""
+    """Fill the table; the status is 1 if a patch changes what Torch-Pruning's own tests say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, help="the unpacked source of the release")
     source = parser.parse_args().source
+    rows, bad = {}, []
     with tempfile.TemporaryDirectory() as folder:
         source = source or fetched(Path(folder))
         fixed, release = Path(folder) / "with", Path(folder) / "without"
@@ -97,13 +133,13 @@ def main() -> int:
         without_fixes(release)
         own = sorted(f"tests/{path.name}" for path in (source / "tests").glob("test_*.py"))
         print(f"{len(PATCHES)} patches applied to {source.name}\n")
-        print("| file | without | with |\n|---|---|---|")
-        bad = []
         for file in [*own, *added]:
-            before, after = outcome(release, file), outcome(fixed, file)
-            print(f"| {file} | {before} | {after} |", flush=True)
+            before, after = rows[file] = outcome(release, file), outcome(fixed, file)
+            print(f"{file}: {before} without, {after} with", flush=True)
             new = "failed" in before and "failed" not in after
             bad += [] if (before == after if file in own else new) else [file]
+    start, _, end = PAGE.read_text().split(MARK)
+    PAGE.write_text(f"{start}{MARK}\n{table(rows)}\n{MARK}{end}")
     print(f"not as expected: {', '.join(bad)}" if bad else "as expected")
     return int(bool(bad))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from test_upstream import ROOT, SCRIPTS, run_all
-from upstream_patches import PATCHES, git, patched, without_fixes
+from upstream_patches import MARK, PAGE, PATCHES, git, patched, without_fixes
 
 IMPORTANCES = ["dimap_importance", "gram_schmidt_importance", "entropy_taylor_importance"]
 
@@ -53,6 +53,19 @@ def test_all_apply_and_each_brings_a_test_of_its_own(repository: Path) -> None:
         assert [file for file in changed if file.startswith("tests/")] == [f"tests/test_{name}.py"]
         assert any(file.startswith("torch_pruning/") for file in changed)
     assert "tp_amp" not in git(repository, "diff", "release", "HEAD")
+
+
+def test_the_page_tells_them_apart_too() -> None:
+    """Torch-Pruning's own tests say the same with the patches, and each patch's others."""
+    table = PAGE.read_text().split(MARK)[1]
+    rows = re.findall(r"^\| `tests/test_(\w+)\.py` \| (.+) \| (.+) \|$", table, re.MULTILINE)
+    changed = {name for name, without, with_them in rows if without != with_them}
+    assert changed == set(names())
+    assert len(rows) > len(names()) + 20
+    for name, without, with_them in rows:
+        if name in changed:
+            count = without.split()[0]
+            assert (without, with_them) == (f"{count} failed", f"{count} passed")
 
 
 def failed(repository: Path) -> set[str]:
