@@ -17,6 +17,7 @@ import resource_report
 import runtimes
 import streams
 import timm
+import width_rivals
 import widths
 from docs_blocks import commands, pages, python_blocks, run_python, shell_blocks
 from pages import between
@@ -111,6 +112,7 @@ TABLES = {
     "resources": resource_report.report,
     "runtimes": runtimes.report,
     "streams": streams.report,
+    "width_rivals": width_rivals.report,
     "widths": widths.report,
 }
 
