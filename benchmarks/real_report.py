@@ -98,7 +98,10 @@ def alike(rows: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against the share kept, of the number of images that most rows have."""
+    """Draw accuracy against the share kept, of the number of images that most rows have.
+
+    What all recipes of this project have in common is called tp_amp there.
+    """
     images, rows = alike(summaries(record))
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     axes = figure.add_subplot()
@@ -121,7 +124,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             linewidth=2.2 if "every Linear" in name else 1.2,
             zorder=3 if "every Linear" in name else 2,
             capsize=2,
-            label=name,
+            label=name.replace(f"{CLOSED}, by sensitivity", "tp_amp"),
         )
     axes.set_xlabel("parameters kept (%)")
     axes.set_ylabel("test accuracy (%)")
