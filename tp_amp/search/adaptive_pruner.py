@@ -283,10 +283,15 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.min_width, self.progress = min_width, progress
         self.cache_bytes, self.error_probability = cache_bytes, error_probability
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        foreseen = self.recipe.method == "affine"  # what is lost once it is rebuilt
-        errors = getattr(importance, "errors", {}) if foreseen else {}
-        self._tried = TriedWidths(steps, min_width, round_to, max_pruning_ratio, errors)
         self._pruned = False
+
+    @property
+    def _tried(self) -> TriedWidths:
+        foreseen = self.recipe.method == "affine"  # what is lost once it is rebuilt
+        errors = getattr(self.importance, "errors", {}) if foreseen else {}
+        return TriedWidths(
+            self.steps, self.min_width, self.round_to, self.max_pruning_ratio, errors
+        )
 
     @torch.inference_mode(False)  # parameters made in inference mode could not be trained
     def step(self, interactive: bool = False) -> Any:
