@@ -20,7 +20,6 @@ import small_models
 import torch
 from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from toys import images, relative, toy
 
 import tp_amp
@@ -170,6 +169,8 @@ def sound(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 def odd(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """What happens only to several processes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # not in torch 2.4
+
     found: dict[str, Any] = {}
     own, model = shards(rank, world, 1), toy()
     collect = importance_of("prediction").collect
