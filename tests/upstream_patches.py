@@ -37,9 +37,11 @@ def same_each_time(self, state, *args, **options):
     if state is not nothing:
         return load(self, state, *args, **options)
     generator = torch.Generator().manual_seed(0)
-    for parameter in self.parameters():
+    for name, parameter in self.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
 
 torch.nn.Module.load_state_dict = same_each_time
 """

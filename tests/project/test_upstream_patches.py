@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from test_upstream import ROOT, SCRIPTS, run_all
-from upstream_patches import MARK, PAGE, PATCHES, git, patched, without_fixes
+from upstream_patches import MARK, PAGE, PATCHES, WITHOUT_DOWNLOADS, git, patched, without_fixes
 
 IMPORTANCES = ["dimap_importance", "gram_schmidt_importance", "entropy_taylor_importance"]
 
@@ -66,6 +66,22 @@ def test_the_page_tells_them_apart_too() -> None:
         if name in changed:
             count = without.split()[0]
             assert (without, with_them) == (f"{count} failed", f"{count} passed")
+
+
+def test_pretrained_models_get_the_same_weights_each_time_without_a_download(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "without_downloads.py").write_text(WITHOUT_DOWNLOADS)
+    code = (
+        "import without_downloads, torch, torchvision\n"
+        "one, other = (torchvision.models.resnet18(weights='DEFAULT').state_dict() for _ in 'ab')\n"
+        "assert all(torch.equal(one[name], other[name]) for name in one)\n"
+        "other['fc.bias'] += 1\n"
+        "model = torchvision.models.resnet18()\n"
+        "model.load_state_dict(other)\n"
+        "assert torch.equal(model.fc.bias, other['fc.bias'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def failed(repository: Path) -> set[str]:

@@ -16,8 +16,10 @@ from toys import toy
 
 import tp_amp
 from tp_amp.reports.numbers import Probe
+from tp_amp.running.timing import Estimate
 from tp_amp.search.bisection import accepted, search_width
 from tp_amp.search.compensated_probes import Compensator
+from tp_amp.search.search_estimate import Profile, estimate_search
 from tp_amp.search.target_search import PASSES, curves, filled, foreseen_width, meet_target
 
 DENSE = {"a": 96, "b": 64, "c": 128}
@@ -219,14 +221,25 @@ def test_a_search_with_a_target_makes_three_passes_at_most_and_says_so_before(
 def test_the_estimate_counts_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks once for each reading, two estimates see the same times."""
     arguments: dict[str, Any] = {"importance": tp_amp.DIMAPImportance(), "progress": False}
-    seconds = []
+    found: list[tuple[float, float, float]] = []
+
+    def seen(profile: Profile, *others: Any) -> Estimate:
+        one = estimate_search(profile, *others)
+        found.append((profile.seconds, one.seconds, 0.0))
+        return one
+
+    monkeypatch.setattr("tp_amp.search.adaptive_pruner.estimate_search", seen)
     for target in ({}, {"target": {"params": 0.7}}):
         pruner, ticks = pruner_of(toy(depth=3), **arguments, **target), itertools.count()
         for name in ("tp_amp.search.search_estimate.clock", "tp_amp.running.timing.clock"):
             monkeypatch.setattr(name, lambda ticks=ticks: float(next(ticks)))
-        seconds.append(pruner.estimate().seconds)
-    # The dense pass is in both once; with a target, another pass judges the widths it fills.
-    assert (PASSES - 1) * seconds[0] < seconds[1] < PASSES * seconds[0]
+        told = pruner.estimate().seconds
+        found[-1] = (*found[-1][:2], told)
+    (dense, one, once), (same_dense, same_one, several) = found
+    assert (dense, one) == (same_dense, same_one)
+    assert once == pytest.approx(one + dense)
+    # Beside the passes: the dense model's own, and the one that judges the widths that are filled.
+    assert several == pytest.approx(PASSES * one + 2 * dense)
 
 
 def test_the_estimate_of_a_search_counts_its_corrections(monkeypatch: pytest.MonkeyPatch) -> None:
