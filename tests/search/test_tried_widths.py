@@ -32,7 +32,7 @@ def test_the_smallest_width_is_a_multiple_within_all_bounds(mlp: tp_amp.MLP) -> 
 def test_it_begins_with_the_first_width_that_is_foreseen_to_be_allowed(mlp: tp_amp.MLP) -> None:
     errors = torch.linspace(1, 0, mlp.width + 1, dtype=torch.float64).square()
     tried = TriedWidths(6, 1, 1, 1.0, {mlp.down: errors})
-    for increase in (0.5, 0.1, 1e-3):
+    for increase in (0.5, 0.1, 1e-3, float(errors[7])):
         first = next(width for width, error in enumerate(errors) if error <= increase)
         assert tried.first(mlp, increase) == first
     assert tried.first(mlp, math.inf) == 0
