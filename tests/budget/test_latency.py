@@ -340,6 +340,23 @@ def test_the_target_is_met_in_the_runtime(
     assert len(made.built) <= 5
 
 
+def test_a_target_hardly_above_what_the_runtime_reaches_is_met(
+    runtime: Callable[..., Runtime],
+) -> None:
+    """The first widths save less than foreseen; the smallest are known to save enough."""
+
+    def flat(model: nn.Module) -> float:
+        return 2 + sum((width / 40) ** 0.25 for width in widths_of(model))
+
+    runtime(linear, flat)
+    model = toy(hidden=40)
+    plan = tp_amp.plan_for_target(
+        model, images(1), reconstruction(), {"latency": 0.72}, runtime="compile"
+    )
+    tp_amp.apply_plan(model, images(1), plan)
+    assert abs(flat(model) / (0.72 * 4) - 1) < 0.05
+
+
 def test_a_search_meets_the_target_in_the_runtime(runtime: Callable[..., Runtime]) -> None:
     runtime(linear, hollow)
     model = toy(hidden=40)

@@ -201,7 +201,7 @@ class Budget:
         foreseen, measured = self.cost(widths), self._measure(self.latency, keep)
         if not _is_far(measured, self.amount, _OFF) or not _is_far(measured, foreseen, _OFF):
             return False
-        self.latency.correct(self.dense - foreseen, measured)
+        self.latency.correct(self.dense - foreseen, measured, self.amount)
         logger.info("measured %.4g ms where the table had %.4g ms", measured, foreseen)
         return self.cost(widths) != foreseen
 

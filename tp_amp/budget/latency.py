@@ -39,7 +39,7 @@ class Latency:
 
     In another runtime each set of widths must be built, which takes seconds to minutes. So the
     table is PyTorch's there too, scaled: by what the model with the smallest widths saves in that
-    runtime, and by what `correct` is told.
+    runtime, and by what `correct` is told of others.
 
     Args:
         structure: what was read of the dense model; its example inputs are run.
@@ -70,6 +70,8 @@ class Latency:
         check_runtime(runtime, structure.model)
         self._graph, self._forward_fn = structure.graph, structure.forward_fn
         self._runtime, self._scale = runtime, 1.0
+        # What models were measured to save, by what the table without its scale says.
+        self._known: dict[float, float] = {0.0: 0.0}
         # What was measured last, built: it can be measured again at once.
         self._last: tuple[Mapping[str, Sequence[int]], list[Callable[[], float]]] | None = None
         self._run = runner(structure.model, structure.forward_fn)
@@ -127,20 +129,30 @@ class Latency:
         check_runtime(runtime, self._graph.model)
         other = copy.copy(self)
         other._runtime, other._scale, other._last = runtime, 1.0, None
+        other._known = {0.0: 0.0}
         other._scale_to_runtime()
         return other
 
-    def correct(self, foreseen: float, measured: float) -> None:
-        """Scale the table to what was measured (milliseconds) at some widths, unless that is none.
+    def correct(self, foreseen: float, measured: float, target: float) -> None:
+        """Scale the table so that it is right at a target, by what was measured at some widths.
 
-        What layers save together is more or less than what they save one kind at a time.
+        What layers save together is more or less than what they save one kind at a time, and not
+        in proportion: the target lies between two models that were measured, on a straight line.
 
         Args:
             foreseen: milliseconds that these widths save by the table.
-            measured: milliseconds that the model took with them.
+            measured: milliseconds that the model took with them; if no less than the dense one,
+                the table stays.
+            target: milliseconds that the model shall take.
         """
-        if foreseen > 0 and measured < self.dense:
-            self._scale *= (self.dense - measured) / foreseen
+        if foreseen <= 0 or measured >= self.dense:
+            return
+        self._known[foreseen / self._scale] = self.dense - measured
+        tables = sorted(self._known)
+        saved = numpy.maximum.accumulate([self._known[table] for table in tables])
+        needed = min(self.dense - target, saved[-1])  # beyond, in proportion to the most
+        if needed > 0:
+            self._scale = needed / float(numpy.interp(needed, saved, tables))
 
     def _scale_to_runtime(self) -> None:
         """Let the table be the runtime's: PyTorch's, with what the smallest widths save there."""
@@ -154,7 +166,9 @@ class Latency:
         self._built_dense = self._built({})
         dense, [ratio] = self._compared(self._in_runtime([cut]))
         self.dense = 1000 * dense
-        self._scale = max(0.0, 1 - ratio) * self.dense / foreseen if foreseen else 0.0
+        saved = max(0.0, 1 - ratio) * self.dense
+        self._scale = saved / foreseen if foreseen else 0.0
+        self._known[foreseen] = saved
 
     def _table(
         self, sites: list[Site], step: int, whole: bool
