@@ -188,6 +188,8 @@ def odd(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["gave up"] = lines
     sharded = FullyShardedDataParallel(toy(), device_id=torch.device("cpu"), use_orig_params=True)
     found["sharded"] = refusals(sharded, own) + refusals(fully_shard(toy()), own)
+    wrapped = nn.parallel.DistributedDataParallel(toy())
+    found["wrapped"] = caught(tp_amp.rotate, wrapped, images(1), own)
     found["no batch"] = caught(collect, model, own if rank else [])
     with logged("tp_amp.running.distributed") as lines:
         collect(model, shards(0, world, 1))
@@ -402,6 +404,12 @@ def test_a_rank_that_raises_ends_all_with_its_message(
     for rank, found in enumerate(ranks):
         told = "ValueError: broken image"
         assert found[where] == (told if rank == bad else f"RankError: rank {bad} failed: {told}")
+
+
+def test_a_wrapped_model_is_not_rotated_and_the_remedy_is_told(ranks: list[dict[str, Any]]) -> None:
+    """`rotate` proves a stream on a copy, and torch can't copy what it has wrapped."""
+    for found in ranks:
+        assert "pass model.module" in found["wrapped"]
 
 
 def test_a_model_sharded_over_the_ranks_is_refused(ranks: list[dict[str, Any]]) -> None:

@@ -106,6 +106,8 @@ def masked_norm(norm: nn.Module, keep: list[int]) -> Callable[..., Tensor]:
 
 def noisy_copy(owner: nn.Module) -> nn.Module:
     """A copy in double precision without hooks, with noise on every parameter."""
+    if isinstance(owner, nn.parallel.DistributedDataParallel):
+        raise CannotCut("DistributedDataParallel can't be copied; pass model.module")
     try:
         model = copy.deepcopy(owner).double()
     except Exception as error:
