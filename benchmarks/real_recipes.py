@@ -239,14 +239,16 @@ def fold(
 Recipe = Callable[[Draw, float], nn.Module]
 CLOSED = "plan_for_target + affine, every Linear"
 RECOMMENDED = f"{CLOSED}, by sensitivity, refined"
-HEADS = f"{CLOSED}, by sensitivity, of mlp + qk + vo"
+MLPS = f"{CLOSED}, by sensitivity"
+HEADS = f"{MLPS}, of mlp + qk + vo"
+STREAM = f"{HEADS} + stream"
 UNIFORM = "Reconstruction + affine, every Linear"
 RECIPES: dict[str, Recipe] = {
     RECOMMENDED: lambda d, kept: d.compensated(
         d.own_plan(kept), every_linear=True, token_weights="sensitivity", refine=PASSES
     ),
     CLOSED: lambda d, kept: d.compensated(d.own_plan(kept), every_linear=True),
-    f"{CLOSED}, by sensitivity": lambda d, kept: d.compensated(
+    MLPS: lambda d, kept: d.compensated(
         d.own_plan(kept), every_linear=True, token_weights="sensitivity"
     ),
     UNIFORM: lambda d, kept: d.compensated(d.plan("Reconstruction", kept), every_linear=True),
@@ -254,8 +256,8 @@ RECIPES: dict[str, Recipe] = {
 # As many parameters as with that share of the MLPs, where these are not cut alone.
 _HEADS = ("mlp", "qk", "vo")
 for _kinds in (("mlp", "qk"), _HEADS, (*_HEADS, "stream"), ("mlp", "heads")):
-    RECIPES[f"{CLOSED}, by sensitivity, of {' + '.join(_kinds)}"] = lambda d, kept, kinds=_kinds: (
-        d.one_price(kept, kinds, every_linear=True, token_weights="sensitivity")
+    RECIPES[f"{MLPS}, of {' + '.join(_kinds)}"] = lambda d, kept, kinds=_kinds: d.one_price(
+        kept, kinds, every_linear=True, token_weights="sensitivity"
     )
 for _name in IMPORTANCES:
     RECIPES[f"{_name} + affine"] = lambda d, kept, n=_name: d.compensated(d.plan(n, kept))
@@ -274,7 +276,7 @@ RECIPES |= {
         refine=PASSES,
     ),
 }
-for _name in (RECOMMENDED, CLOSED, HEADS, "EntropyTaylor", "Magnitude L2"):
+for _name in (RECOMMENDED, CLOSED, MLPS, HEADS, STREAM, "EntropyTaylor", "Magnitude L2"):
     _recalled = RECIPES[_name] = remembered(_name, RECIPES[_name])
     RECIPES[f"{_name}, distilled"] = lambda d, kept, r=_recalled: distilled(d, r(d, kept))
 RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(
