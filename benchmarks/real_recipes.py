@@ -93,7 +93,9 @@ class Draw:
         target = {"params": self.parameters(kept)}
         return tp_amp.plan_for_target(model, self.example, importance, target)
 
-    def one_price(self, kept: float, kinds: Sequence[str], **options: Any) -> nn.Module:
+    def one_price(
+        self, kept: float, kinds: Sequence[str], *, min_width: int = 1, **options: Any
+    ) -> nn.Module:
         """As many parameters, with channels inside heads, or of the stream, at the same price."""
         model = copy.deepcopy(self.model)
         if "stream" in kinds:  # changes what MLPs read and write
@@ -104,7 +106,9 @@ class Draw:
         tp_amp.rotate_heads(model, self.example, self.batches, progress=False)
         importance.data = self.batches
         target = {"params": self.parameters(kept)}
-        plan = tp_amp.plan_for_target(model, self.example, importance, target, widths=kinds)
+        plan = tp_amp.plan_for_target(
+            model, self.example, importance, target, widths=kinds, min_width=min_width
+        )
         tp_amp.compensate(model, plan, self.batches, progress=False, **options)
         return model
 
@@ -259,6 +263,9 @@ for _kinds in (("mlp", "qk"), _HEADS, (*_HEADS, "stream"), ("mlp", "heads")):
     RECIPES[f"{MLPS}, of {' + '.join(_kinds)}"] = lambda d, kept, kinds=_kinds: d.one_price(
         kept, kinds, every_linear=True, token_weights="sensitivity"
     )
+RECIPES[f"{HEADS}, or none of a sublayer"] = lambda d, kept: d.one_price(
+    kept, _HEADS, min_width=0, every_linear=True, token_weights="sensitivity"
+)
 for _name in IMPORTANCES:
     RECIPES[f"{_name} + affine"] = lambda d, kept, n=_name: d.compensated(d.plan(n, kept))
     RECIPES[_name] = lambda d, kept, n=_name: d.cut(d.plan(n, kept))
