@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,16 @@ from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
-from tp_amp.structure.attention.checking import checked
+from tp_amp.structure.attention.checking import checked, zeroed_heads
 from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
-from tp_amp.structure.attention.head_tensors import CannotCut
 from tp_amp.structure.attention.heads import Attention as Attention
+from tp_amp.structure.attention.heads import head_group
 from tp_amp.structure.attention.rank_linear import RankLinear
-from tp_amp.structure.attention.repeats import call_form
+from tp_amp.structure.comparing.copies import CannotCut
+from tp_amp.structure.comparing.outside import Trial, outside_differences
+from tp_amp.structure.comparing.repeats import call_form
 from tp_amp.structure.constant_linear import ConstantLinear
+from tp_amp.structure.tolerant_graph import untraced_graph
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +126,23 @@ def read_attentions(
             except CannotCut as error:
                 reasons[name] = str(error)
                 logger.debug("%s can't lose heads: %s", name, error)
+        inputs, run = example(example_inputs), runner(model, forward_fn)
+        trials = {name: _trial(model, attention) for name, attention in found.items()}
+        outside = outside_differences(model, lambda: inputs.call(run), trials)
+        reasons |= {name: outside[name] for name in found if name in outside}
+    found = {name: attention for name, attention in found.items() if name not in outside}
     return [found[name] for name in calls if name in found], reasons
+
+
+def _trial(model: nn.Module, attention: Attention) -> Trial:
+    """The first half of the heads, since what counts them takes the first ones."""
+    dropped = list(range(attention.width // 2))
+
+    def cut(_: ExitStack) -> None:
+        for item in head_group(untraced_graph(model), attention, dropped).items:
+            item.dep(item.idxs)
+
+    return Trial(cut, lambda stack: stack.enter_context(zeroed_heads(model, attention, dropped)))
 
 
 def _attention_names(model: nn.Module, counts: HeadCounts) -> list[str]:

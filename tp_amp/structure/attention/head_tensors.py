@@ -14,12 +14,9 @@ from tp_amp.running.restoring import hooks
 from tp_amp.structure.attention.adapting import OWN, adapt
 from tp_amp.structure.attention.head_forward import HeadCut
 from tp_amp.structure.attention.heads import Attention, HeadTensor
+from tp_amp.structure.comparing.copies import CannotCut
 
 _ROUNDING = 1e-6
-
-
-class CannotCut(Exception):
-    """Why an attention can't lose heads."""
 
 
 def with_tensors(model: nn.Module, inputs: Inputs, guess: Attention) -> Attention:

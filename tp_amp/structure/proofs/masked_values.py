@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating, hooks
-from tp_amp.structure.attention.checking import (
+from tp_amp.structure.attention.finding import record_calls
+from tp_amp.structure.comparing.copies import (
     TOLERANCE,
     distance,
     first_output,
     in_double,
     masked_norm,
     noisy_copy,
+    without_inputs,
 )
-from tp_amp.structure.attention.finding import record_calls
-from tp_amp.structure.attention.repeats import call_form
+from tp_amp.structure.comparing.outside import Trial, outside_differences
+from tp_amp.structure.comparing.repeats import call_form
 from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.mlp_cuts import MLP, mlp_group
 from tp_amp.structure.tolerant_graph import untraced_graph
@@ -41,7 +43,8 @@ def differences(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:
     double precision and with noise on all parameters, loses half of the channels, and must give
     what it gives with these zeroed before `down`. Modules that are alike are checked once. What a
     copy can't tell counts as right: one that does not run before it is cut, gives something else
-    each time, or hardly depends on these channels.
+    each time, or hardly depends on these channels. What is left is compared in the model as a
+    whole, for what stands around an MLP may know its width too.
 
     Returns:
         `down` of each MLP that differs -> why.
@@ -63,7 +66,25 @@ def differences(mlps: Sequence[MLP], traced: TracedGraph) -> dict[str, str]:
                 if reason := judged[form]:
                     found[mlp.down] = reason
                     logger.debug("%s is no MLP that can be cut: %s", mlp.down, reason)
-    return found
+    inputs, run = example(traced.example[0]), runner(model, traced.example[1])
+    trials = {m.down: _trial(traced, m) for m in mlps if m.width > 1 and m.down not in found}
+    return found | outside_differences(model, lambda: inputs.call(run), trials)
+
+
+def _trial(traced: TracedGraph, mlp: MLP) -> Trial:
+    dropped, kept = _halves(mlp)
+
+    def cut(_: ExitStack) -> None:
+        for item in mlp_group(traced.graph, mlp, dropped).items:
+            item.dep(item.idxs)
+
+    return Trial(cut, lambda stack: _zero(traced.graph.model, mlp, dropped, kept, stack))
+
+
+def _halves(mlp: MLP) -> tuple[list[int], list[int]]:
+    """Channels to drop and to keep."""
+    order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0)).tolist()
+    return sorted(order[: mlp.width // 2]), sorted(order[mlp.width // 2 :])
 
 
 def _inside(mlp: MLP) -> MLP:
@@ -74,8 +95,7 @@ def _inside(mlp: MLP) -> MLP:
 
 
 def _difference(owner: nn.Module, inputs: Inputs, mlp: MLP) -> str | None:
-    order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(0)).tolist()
-    dropped, kept = sorted(order[: mlp.width // 2]), sorted(order[mlp.width // 2 :])
+    dropped, kept = _halves(mlp)
     less = f"with {len(kept)} of {mlp.width} channels"
     try:
         model = noisy_copy(owner)
@@ -110,8 +130,7 @@ def _zero(
     model: nn.Module, mlp: MLP, dropped: list[int], kept: list[int], stack: ExitStack
 ) -> None:
     """Take channels from what reads them; norms over all channels see the others only."""
-    weight: Any = model.get_submodule(mlp.down).weight
-    weight.data[:, [mlp.first + channel for channel in dropped]] = 0
+    without_inputs(model.get_submodule(mlp.down), [mlp.first + channel for channel in dropped])
     inner = [model.get_submodule(name) for name in mlp.inner]
     apart = (nn.Conv2d, nn.modules.batchnorm._BatchNorm)  # each channel by itself
     norms = [norm for norm in inner if not isinstance(norm, apart)]

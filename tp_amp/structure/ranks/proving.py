@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -13,9 +14,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_amp.running.checks import remade
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.inputs import Inputs, example, runner
 from tp_amp.running.restoring import evaluating
-from tp_amp.structure.attention.checking import (
+from tp_amp.structure.attention.finding import record_calls
+from tp_amp.structure.attention.heads import Attention
+from tp_amp.structure.comparing.copies import (
+    CannotCut,
     distance,
     first_output,
     in_double,
@@ -23,10 +27,8 @@ from tp_amp.structure.attention.checking import (
     switched,
     switches,
 )
-from tp_amp.structure.attention.finding import record_calls
-from tp_amp.structure.attention.head_tensors import CannotCut
-from tp_amp.structure.attention.heads import Attention
-from tp_amp.structure.attention.repeats import call_form
+from tp_amp.structure.comparing.outside import Trial, outside_differences
+from tp_amp.structure.comparing.repeats import call_form
 from tp_amp.structure.ranks.head_ranks import HELD, HeadRanks, Pair, mix, rank_group
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,41 @@ def read_head_ranks(
                     found.append(replace(site, values=values))
                 except CannotCut as error:
                     reasons[f"{attention.name}: {pair}"] = str(error)
-    return found, reasons
+        given, run = example(example_inputs), runner(model, forward_fn)
+        trials = {f"{site.name}: {site.pair}": _trial(model, site) for site in found}
+        outside = outside_differences(model, lambda: given.call(run), trials)
+    found = [site for site in found if f"{site.name}: {site.pair}" not in outside]
+    return found, reasons | outside
+
+
+def _trial(model: nn.Module, site: HeadRanks) -> Trial:
+    dropped = _last_half(site)
+
+    def cut(_: ExitStack) -> None:
+        for item in rank_group(_graph(model), site, dropped).items:
+            item.dep(item.idxs)
+
+    def zero(_: ExitStack) -> None:
+        for name in {*site.made, site.projection}:
+            parameters = model.get_submodule(name)._parameters
+            for leaf, held in parameters.items():
+                if held is not None:
+                    parameters[leaf] = nn.Parameter(held.detach().clone(), held.requires_grad)
+        mask = _first_half(site)
+        mix(model, site, mask, mask)
+
+    return Trial(cut, zero)
+
+
+def _last_half(site: HeadRanks) -> range:
+    return range((site.width + 1) // 2, site.width)
+
+
+def _first_half(site: HeadRanks) -> Tensor:
+    """What takes the other channels from each head, `(heads, width, width)`."""
+    kept = torch.zeros(site.width, dtype=torch.double)
+    kept[: _last_half(site).start] = 1
+    return kept.diag().expand(site.heads, -1, -1)
 
 
 def _site(model: nn.Module, attention: Attention, pair: Pair) -> HeadRanks:
@@ -118,13 +154,10 @@ def _prove(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> None:
     for fused in switches(model):
         if distance(first_output(inputs, switched(mixed, fused)), dense) > _TOLERANCE:
             raise CannotCut(_BETWEEN[site.pair])
-    dropped = range((site.width + 1) // 2, site.width)
     zeroed, narrow = copy.deepcopy(model), copy.deepcopy(model)
-    kept = torch.zeros(inside.width, dtype=torch.double)
-    kept[: dropped.start] = 1
-    mask = kept.diag().expand(site.heads, -1, -1)
+    mask = _first_half(inside)
     mix(zeroed, inside, mask, mask)
-    rank_group(_graph(narrow), inside, dropped).prune(record_history=False)
+    rank_group(_graph(narrow), inside, _last_half(inside)).prune(record_history=False)
     for fused in switches(model):
         expected = first_output(inputs, switched(zeroed, fused))
         try:

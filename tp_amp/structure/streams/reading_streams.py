@@ -15,7 +15,7 @@ from tp_amp.running.inputs import Inputs, runner
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.running.ties import shared_parameters
 from tp_amp.running.watching import all_tensors
-from tp_amp.structure.attention.checking import in_double, noisy_copy
+from tp_amp.structure.comparing.copies import in_double, noisy_copy
 from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.streams.graph_weights import GraphWeights
 from tp_amp.structure.streams.norm_kinds import reflection

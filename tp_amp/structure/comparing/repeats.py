@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tp_amp.running.fingerprints import digest
 from tp_amp.running.inputs import Inputs
-from tp_amp.structure.attention.checking import HOOKS
+from tp_amp.structure.comparing.copies import HOOKS
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device)
 
