@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from toys import PlainMLP, ToyViT, fingerprint, images, toy
 
 import tp_amp
@@ -186,3 +190,99 @@ def test_on_meta_takes_back_modules_made_meanwhile() -> None:
     with on_meta(model):
         model.late = torch.nn.Linear(2, 2, device="meta")
     assert [name for name, _ in model.named_modules()] == before
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+@functools.cache
+def counted_up(count: int, like: Any) -> Tensor:
+    return like.bias.new_ones(count, 1) * torch.arange(count, device=like.bias.device)[:, None]
+
+
+class Placed(nn.Module):
+    """Adds a table of places to its tokens, which is kept outside of the model once it is there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mlp, self.head = nn.Linear(4, 12), PlainMLP(12, 24), nn.Linear(12, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "cached function":
+            places = counted_up(x.shape[1], self.stem)
+        else:
+            places = TABLES.setdefault(
+                x.shape[1], torch.arange(x.shape[1], device=x.device, dtype=x.dtype)[:, None]
+            )
+        x = self.stem(x) + places
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["global dict", "cached function"])
+def test_what_is_kept_outside_of_a_model_holds_values(kind: str) -> None:
+    """A pass without values would leave a table of shapes there, and no way back."""
+    TABLES.clear()
+    model = Placed(kind)
+    for count in (5, 7):
+        x = torch.randn(2, count, 4)
+        plan = tp_amp.plan_for_target(
+            model, x, tp_amp.ReconstructionImportance(data=[x]), {"params": 0.8}
+        )
+        assert tp_amp.inspect(model, x).mlps
+        cut = copy.deepcopy(model)
+        tp_amp.apply_plan(cut, x, plan)
+        assert torch.isfinite(cut(x)).all()
+        assert torch.isfinite(model(x)).all()
+
+
+def test_models_are_called_with_values_once_for_each_size() -> None:
+    model, calls = toy(), []
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0].device.type))
+    for _ in range(3):
+        shapes_first(model, Inputs((images(2),)), lambda given, _: given.call(model))
+    assert calls == ["cpu", "meta", "meta", "meta"]
+    shapes_first(model, Inputs((images(3),)), lambda given, _: given.call(model))
+    assert calls[4:] == ["cpu", "meta"]
+
+
+def test_a_model_keeps_no_keys_and_values_meanwhile() -> None:
+    """Of transformers; each layer would be given those of the passes before."""
+    model = toy()
+    model.config = SimpleNamespace(use_cache=True)
+    with evaluating(model, trainable=False):
+        assert model.config.use_cache is False
+    assert model.config.use_cache is True
+
+
+KEEP = tp_amp.PruningPlan({"blocks.0.mlp.second": [0, 2, 3, 5, 8]})
+READS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "collect": lambda model, loader: tp_amp.ReconstructionImportance().collect(
+        model, loader, progress=False
+    ),
+    "compensate": lambda model, loader: tp_amp.compensate(model, KEEP, loader, progress=False),
+    "compensate, mean": lambda model, loader: tp_amp.compensate(
+        model, KEEP, loader, method="mean", progress=False
+    ),
+    "compare": lambda model, loader: tp_amp.compare(
+        model, images(1), [tp_amp.DIMAPImportance()], loader, fractions=[0.5], progress=False
+    ),
+    "compare, judged on others": lambda model, loader: tp_amp.compare(
+        model, images(1), [tp_amp.DIMAPImportance()], [images(4)], evaluation=loader, progress=False
+    ),
+    "measure": lambda model, loader: tp_amp.measure(model, loader, repeats=1, progress=False),
+    "split_batches": lambda model, loader: tp_amp.split_batches(loader),
+}
+
+
+@pytest.mark.parametrize("call", READS)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_a_loader_draws_is_given_back(call: str, shuffle: bool) -> None:
+    """Loaders draw a seed for their workers even where they don't shuffle."""
+    loader, model = DataLoader(TensorDataset(images(8)), batch_size=4, shuffle=shuffle), toy()
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    READS[call](model, loader)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, deque
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy
 import pytest
 import torch
 from lazy_models import TOYS, contents, lazy_toy
@@ -126,3 +128,26 @@ def test_after_an_error() -> None:
     with pytest.raises(KeyboardInterrupt):
         fails()
     assert contents(model) == before
+
+
+class Drawing(nn.Module):
+    """Draws from generators of its own, and counts in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch, self.random = torch.Generator().manual_seed(1), random.Random(2)
+        self.numpy, self.old = numpy.random.default_rng(3), numpy.random.RandomState(4)
+        self.calls = numpy.zeros(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        drawn = self.random.random() + self.numpy.random() + self.old.rand() + self.calls[0]
+        return x + torch.rand((), generator=self.torch) + float(drawn)
+
+
+def test_generators_and_arrays_of_a_model_are_set_back() -> None:
+    model, x = Drawing(), torch.zeros(1)
+    with given_back(model):
+        given = [float(model(x)) for _ in range(3)]
+    assert len(set(given)) == 3
+    assert [float(model(x)) for _ in range(3)] == given

@@ -94,5 +94,5 @@ def unit_costs(
         whole = {site.down: without(site, first=site.width) for site in going}
         return UnitCosts(dense, units, shared, whole)
 
-    found: UnitCosts = shapes_first(model, structure.inputs, costs)
+    found: UnitCosts = shapes_first(model, structure.inputs, costs, forward_fn)
     return found

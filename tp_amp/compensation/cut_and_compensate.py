@@ -21,6 +21,7 @@ from tp_amp.running.arguments import check_whole
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import one_image, prepare
+from tp_amp.running.restoring import seeded
 from tp_amp.structure.model_structure import ModelStructure
 
 
@@ -118,14 +119,15 @@ def compensate(
     check_batches(batches)
     if knows_sites(plan):  # a plan of another model is refused before an image is read
         planned_sites(ModelStructure(model, ()), plan)
-    unread = iter(batches)
-    opening = list(islice(unread, 1))
-    if not opening:
-        raise ValueError("there are no batches to fit the compensation on")
-    structure = ModelStructure(model, one_image(prepare(opening[0], model)).raw())
-    sites = planned_sites(structure, plan)
-    tell_other_coordinates(model, sites, plan.keep)
-    batches = [*opening, *unread]
+    with seeded(0):  # loaders draw
+        unread = iter(batches)
+        opening = list(islice(unread, 1))
+        if not opening:
+            raise ValueError("there are no batches to fit the compensation on")
+        structure = ModelStructure(model, one_image(prepare(opening[0], model)).raw())
+        sites = planned_sites(structure, plan)
+        tell_other_coordinates(model, sites, plan.keep)
+        batches = [*opening, *unread]
     fitted = fit(
         structure,
         list(sites.values()),

@@ -101,11 +101,12 @@ def compare(
             f"no MLP was found in {type(model).__name__}; tp_amp.inspect tells for each layer why"
         )
     scoring, judging = split_batches(data, seed=seed) if evaluation is None else (data, evaluation)
-    scoring = list(scoring)
-    if metric is None:
-        label, metric = default_metric(model, judging)
-    else:
-        label = getattr(metric, "__name__", type(metric).__name__)
+    with seeded(seed):  # loaders draw
+        scoring = list(scoring)
+        if metric is None:
+            label, metric = default_metric(model, judging)
+        else:
+            label = getattr(metric, "__name__", type(metric).__name__)
     with evaluating(model, trainable=False):
         dense = Row("dense", 1.0, _parameters(model), float(metric(model)))
     rows: list[Row] = []
@@ -127,7 +128,8 @@ def compare(
                             f"cut to {fraction:.0%} it leaves {size} parameters, those before it "
                             f"left {sizes[fraction]}"
                         )
-                    found.append(Row(name, fraction, size, float(metric(pruned))))
+                    with seeded(seed):
+                        found.append(Row(name, fraction, size, float(metric(pruned))))
                     steps.update()
                 rows += found
             except Exception as error:

@@ -15,6 +15,7 @@ from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.macs import macs_of
 from tp_amp.structure.mlps import MLP
 from tp_amp.structure.model_structure import ModelStructure, Site
+from tp_amp.structure.proofs.adapters import wrapped
 from tp_amp.structure.residual import outside_blocks
 from tp_amp.structure.streams.residual_stream import Stream
 
@@ -148,7 +149,7 @@ def inspect(
     sites: list[Site] = [*mlps, *attentions]
     in_group = {name for site in sites for name in (*site.up, site.down)}
     kept_layers = {
-        name: structure.reasons.get(module) or _unread(module, structure)
+        name: structure.reasons.get(module) or wrapped(model, name) or _unread(module, structure)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in in_group
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_amp.running.checks import check_replaced
+from tp_amp.running.inputs import Inputs, runner
 from tp_amp.running.snapshot import given_back
 
-if TYPE_CHECKING:
-    from tp_amp.running.inputs import Inputs
-
 logger = logging.getLogger(__name__)
+# Sizes of the inputs that a model was called on.
+_CALLED: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 T = TypeVar("T")
 
 
@@ -34,11 +35,23 @@ def evaluating(model: nn.Module, *, trainable: bool) -> Iterator[None]:
     """
     known = dict(model.named_modules())
     with given_back(model), eval_mode(model, trainable=trainable), seeded(0):
+        _keep_no_cache(model)
         try:
             yield
         except (AttributeError, KeyError):
             check_replaced(model, known)
             raise
+
+
+def _keep_no_cache(model: nn.Module) -> None:
+    """Let models of transformers keep no keys and values of earlier calls.
+
+    Such a cache is an argument of each layer, and grows whenever a layer is called with it again.
+    """
+    for module in model.modules():
+        config = vars(module).get("config")
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -84,7 +97,10 @@ def on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
 
 
 def shapes_first(
-    model: nn.Module, inputs: Inputs, run: Callable[[Inputs, Mapping[Any, Any]], T]
+    model: nn.Module,
+    inputs: Inputs,
+    run: Callable[[Inputs, Mapping[Any, Any]], T],
+    forward_fn: Callable[..., Any] | None = None,
 ) -> T:
     """Run something that needs no values on the meta device, or as it is where that fails.
 
@@ -92,7 +108,9 @@ def shapes_first(
         model: what is run.
         inputs: example inputs.
         run: takes the inputs and the real parameter behind each stand-in.
+        forward_fn: calls the model, as Torch-Pruning's argument does.
     """
+    _call_once(model, inputs, forward_fn)
     try:
         with on_meta(model) as real:
             return run(inputs.to("meta"), real)
@@ -100,6 +118,25 @@ def shapes_first(
         logger.debug("the model fails on the meta device: %s", error)
     with given_back(model):
         return run(inputs, {})
+
+
+def _call_once(model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None) -> None:
+    """Call a model with values before it is called without, once for inputs of each size.
+
+    What it keeps outside of its modules from the first call on, in a global dict or by
+    `functools.lru_cache` (a table of positions, say), could not be taken from there again.
+    """
+    sizes = _CALLED.setdefault(model, set())
+    size = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs.tensors())
+    tensors = [*model.parameters(), *model.buffers(), *inputs.tensors()]
+    if size in sizes or any(tensor.is_meta for tensor in tensors):
+        return
+    sizes.add(size)
+    try:
+        with torch.no_grad(), eval_mode(model, trainable=False), given_back(model), seeded(0):
+            inputs.call(runner(model, forward_fn))
+    except Exception as error:  # told where the model is run for what it gives
+        logger.debug("the model fails on the inputs: %s", error)
 
 
 @contextmanager

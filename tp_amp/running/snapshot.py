@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+import random
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +34,10 @@ class Snapshot:
     in their configuration, and keep what it has computed in a buffer or a dict of a third. Taken
     back in part, it would come twice or never again; here all of it is taken back: classes (which
     parametrizations change) and what stands on them, attributes, parameters, buffers, submodules,
-    hooks, the contents of dicts, lists and sets, attributes and slots of plain objects, and the
-    values of buffers and tensors that are no parameters. Parameters are the same objects
-    afterwards; their values are not looked at. What a forward pass notes where no module leads to
-    (in a closure, or in a global dict) is not seen.
+    hooks, the contents of dicts, lists and sets, attributes and slots of plain objects, generators
+    of random numbers, and the values of buffers, arrays and tensors that are no parameters.
+    Parameters are the same objects afterwards; their values are not looked at. What a forward pass
+    notes where no module leads to (in a closure, or in a global dict) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +45,8 @@ class Snapshot:
         self._contents: list[tuple[Any, Any]] = []  # a container, and a copy of it
         self._empty: list[Any] = []  # containers without content: most dicts of hooks
         self._values: list[tuple[Tensor, Tensor]] = []
+        self._arrays: list[tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]] = []
+        self._generators: list[Callable[[], object]] = []  # what sets each one back
         # What can't be changed as a dict: classes and objects with slots, with their attributes.
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._kinds: set[type] = set()
@@ -73,6 +78,12 @@ class Snapshot:
         if isinstance(value, Tensor):
             if _can_be_copied(value):
                 self._values.append((value, value.detach().clone()))
+            return []
+        if isinstance(value, numpy.ndarray):
+            self._arrays.append((value, value.copy()))
+            return []
+        if back := _way_back(value):
+            self._generators.append(back)
             return []
         if depth == _OBJECTS or isinstance(value, _NO_STATE):
             return []
@@ -115,6 +126,11 @@ class Snapshot:
                 tensor.data = value
             elif not torch.equal(tensor.detach(), value):
                 tensor.data.copy_(value)
+        for array, values in self._arrays:
+            if array.shape == values.shape:
+                array[...] = values
+        for back in self._generators:
+            back()
 
 
 @contextmanager
@@ -128,6 +144,19 @@ def given_back(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         held.restore()
+
+
+def _way_back(value: Any) -> Callable[[], object] | None:
+    """What sets a generator of random numbers back to where it is now."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, numpy.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, numpy.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
 
 
 def _can_be_copied(tensor: Tensor) -> bool:

@@ -105,7 +105,10 @@ def build_graph(
         warnings.filterwarnings("ignore", message="Maximum recursive depth reached")
         inputs = example(example_inputs)
         trace = partial(_trace, model, build=build, forward_fn=forward_fn)
-        traced = shapes_first(model, inputs, trace) if on_meta_device else trace(inputs, {})
+        if on_meta_device:
+            traced = shapes_first(model, inputs, trace, forward_fn)
+        else:
+            traced = trace(inputs, {})
     shapes_alone = any(call.input.is_meta for call in traced.calls.values())
     if shapes_alone and not _has_no_values(model):
         traced.values = partial(_record_values, model, inputs, forward_fn, traced.changed)

@@ -18,7 +18,9 @@ def macs_of(
     model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] | None = None
 ) -> dict[str, float]:
     """As `count_macs`, on the meta device where the model runs there."""
-    return shapes_first(model, inputs, lambda given, _: count_macs(model, given, forward_fn))
+    return shapes_first(
+        model, inputs, lambda given, _: count_macs(model, given, forward_fn), forward_fn
+    )
 
 
 def count_macs(

@@ -18,7 +18,7 @@ from tp_amp.structure.graph import TracedGraph, build_graph
 from tp_amp.structure.mlp_cuts import MLP as MLP
 from tp_amp.structure.mlp_cuts import failures
 from tp_amp.structure.nodes import is_operation, is_projection, keeps_channels, outputs
-from tp_amp.structure.proofs.adapters import adapted_layer, bottleneck, wrapper
+from tp_amp.structure.proofs.adapters import adapted_layer, bottleneck, wrapped
 from tp_amp.structure.proofs.masked_values import differences
 from tp_amp.structure.proofs.segments import NotAnMLP, attends, check_apart, check_segment
 
@@ -124,10 +124,7 @@ def read_mlps(
     for mlp in [found.pop(model.get_submodule(down)) for down in failed]:
         reasons |= dict.fromkeys(map(model.get_submodule, mlp.up), failed[mlp.down])
     for layer in reasons.keys() & names.keys():
-        if holder := wrapper(model, names[layer]):
-            reasons[layer] = (
-                f"it has adapters ({holder}); merge them first (PEFT: merge_and_unload())"
-            )
+        reasons[layer] = wrapped(model, names[layer]) or reasons[layer]
     return [found[down] for down in sorted(found, key=lambda down: traced.calls[down].order)]
 
 
@@ -221,6 +218,8 @@ def _check(parts: _Parts, traced: TracedGraph, names: dict[nn.Module, str]) -> M
             raise NotAnMLP(f"{node.name} is not called as a module on the example inputs")
         if reason := remade(node.module):
             raise NotAnMLP(f"of {names[node.module]}, {reason}")
+        if reason := wrapped(traced.graph.model, names[node.module]):
+            raise NotAnMLP(reason)
         others = node.module._parameters.keys() - {"weight", "bias"}
         if is_projection(node.module) and others:
             raise NotAnMLP(

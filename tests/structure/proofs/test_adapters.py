@@ -250,3 +250,28 @@ def test_adapters_that_are_no_layers_are_told(kind: str) -> None:
     assert "it has adapters (" in reason
     assert "merge_and_unload()" in reason
     assert len(tp_amp.find_mlps(wrapped.merge_and_unload(), pictures)) == 1
+
+
+class Held(nn.Module):
+    """As PEFT holds a layer whose adapter is merged in place, or switched off."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.hada_a = nn.Parameter(torch.zeros(layer.out_features, 2))
+
+    def merge(self) -> None:
+        """Nothing is left to add."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_an_adapter_that_is_merged_in_place_is_as_large_as_the_layer(part: str) -> None:
+    model = toy()
+    put(model, f"blocks.1.mlp.{part}", Held(model.get_submodule(f"blocks.1.mlp.{part}")))
+    found = tp_amp.inspect(model, images(1))
+    assert [mlp.down for mlp in found.mlps] == ["blocks.0.mlp.second"]
+    reason = found.kept_layers[f"blocks.1.mlp.{part}.base_layer"]
+    assert reason == "it has adapters (Held); merge them first (PEFT: merge_and_unload())"

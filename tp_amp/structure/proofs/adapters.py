@@ -45,15 +45,18 @@ def adapted_layer(first: Any, second: Any) -> nn.Module | None:
     return None
 
 
-def wrapper(model: nn.Module, name: str) -> str | None:
-    """The class of what holds a layer with adapters of another kind (LoHa, IA3, OFT), if any does.
+def wrapped(model: nn.Module, name: str) -> str | None:
+    """Why a layer that is held with adapters of another kind (LoHa, IA3, OFT) stays whole.
 
     They are known by PEFT's convention: the layer is its holder's `base_layer`, which can merge.
+    Merged in place or switched off, they still have the sizes of the whole layer.
     """
     path, _, last = name.rpartition(".")
     holder = model.get_submodule(path)
-    wraps = last == "base_layer" and callable(getattr(holder, "merge", None))
-    return type(holder).__name__ if wraps else None
+    if last != "base_layer" or not callable(getattr(holder, "merge", None)):
+        return None
+    kind = type(holder).__name__
+    return f"it has adapters ({kind}); merge them first (PEFT: merge_and_unload())"
 
 
 def bottleneck(model: nn.Module, mlp: MLP) -> str | None:
