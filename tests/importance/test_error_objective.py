@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from toys import ToyViT, fingerprint, images, perturbed
+from toys import ToyViT, fingerprint, images, perturbed, toy
 
 import tp_amp
 from tp_amp.importance.error_objective import error_objective, readable
@@ -62,11 +62,13 @@ def test_the_whole_recipe_needs_no_objective(kind: str, caplog: pytest.LogCaptur
         told = [r for r in caplog.records if "neither classes nor features" in r.message]
         assert len(told) == 1
         assert "Dense" in told[0].message
+        importance.collect(model, data(), progress=False)
+        assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
         cut, plain = copy.deepcopy(model), copy.deepcopy(model)
         options: dict[str, Any] = {"every_linear": True, "refine": 2}
         tp_amp.compensate(cut, plan, data(), token_weights="sensitivity", progress=False, **options)
         told = [r for r in caplog.records if "neither classes nor features" in r.message]
-        assert len(told) == 2  # one for each call
+        assert len(told) == 2  # the copy is another model
     tp_amp.apply_plan(plain, plan)
     errors = []
     for other in (cut, plain):
@@ -158,3 +160,47 @@ def test_features_beside_predictions_are_not_what_a_model_is_for(
     assert "it gives masks_queries_logits too" in caplog.text
     own = Objective("similarity")
     assert readable(own, model, batches) is own
+
+
+@pytest.mark.parametrize("make", [lambda: toy(classes=1), lambda: Regressor()])
+def test_all_errors_count_the_same_where_one_number_is_given(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The softmax over one class is constant: no error would cost anything."""
+    model, batches = make(), [images(8, seed) for seed in range(3)]
+    with caplog.at_level(logging.WARNING):
+        found = tp_amp.ReconstructionImportance().collect(
+            model, batches, layers=["blocks.0.mlp.second"], progress=False
+        )
+    assert "it gives one number for each image" in caplog.text
+    none = tp_amp.ReconstructionImportance(None).collect(
+        model, batches, layers=["blocks.0.mlp.second"], progress=False
+    )
+    assert float(found.errors["blocks.0.mlp.second"][0]) > 0
+    torch.testing.assert_close(found.errors, none.errors)
+
+
+class Regressor(ToyViT):
+    """Knows its classes, as timm's models do."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(classes=1)
+        self.num_classes = 1
+        perturbed(self)
+
+
+class Named(ToyViT):
+    """Has a place for logits, and none."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        features = self.norm(self.blocks(self.embed(x).flatten(2).transpose(1, 2))).mean(1)
+        return {"logits": None, "pooler_output": features}
+
+
+def test_what_is_none_is_not_given(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    found = readable(Objective("auto"), perturbed(Named()), [images(4)])
+    assert found is not None
+    assert found.kind == "similarity"
+    assert caplog.text == ""

@@ -8,16 +8,17 @@ import scipy.stats
 import timm
 import torch
 from torch import nn
-from toys import fingerprint, images, toy
+from toys import fingerprint, images, perturbed, toy
 
+import tp_amp
 from tp_amp.importance.objectives import (
     Objective,
-    ends_in_classifier,
     mean_objective,
-    pooled_features,
     prediction_entropy,
     similarity_entropy,
 )
+from tp_amp.importance.outputs.features import pooled_features
+from tp_amp.importance.outputs.logits import ends_in_classifier
 from tp_amp.running.inputs import Inputs
 
 
@@ -91,6 +92,53 @@ def test_auto_tells_classifiers_from_feature_models() -> None:
     assert ends_in_classifier(toy(classes=5), Inputs((images(2),))) is True
     assert ends_in_classifier(toy(classes=0), Inputs((images(2),))) is False
     assert ends_in_classifier(clip_tower(), batch(32)) is False
+
+
+def single(**arguments: object) -> nn.Module:
+    """A ViT that gives one number for each image."""
+    vit = {"depth": 2, "img_size": 32, "embed_dim": 24, "num_heads": 2, "num_classes": 1}
+    return perturbed(timm.create_model("vit_tiny_patch16_224", **{**vit, **arguments}))
+
+
+def test_one_number_for_each_image_is_no_classes() -> None:
+    assert ends_in_classifier(single(), batch(32)) is False
+    replaced = single(num_classes=10)
+    replaced.head = nn.Linear(24, 1)  # num_classes stays
+    assert ends_in_classifier(replaced, batch(32)) is False
+    assert Objective("auto").resolve(single(), batch(32)).kind == "similarity"
+    with pytest.raises(TypeError, match=r"needs features .* shape \(3, 1\); pass objective=a call"):
+        Objective("similarity")(toy(classes=1), Inputs((images(3),)))
+
+
+def test_the_prediction_of_one_class_is_refused() -> None:
+    one = Objective("prediction")
+    for measure in (one, one.values):
+        with pytest.raises(ValueError, match="the softmax over one class is constant"):
+            measure(single(), batch(32))
+    with pytest.raises(ValueError, match="the softmax over one class is constant"):
+        one.of_output({"logits": torch.zeros(4, 1)})
+
+
+def test_a_model_of_one_number_is_scored_and_searched_by_its_features() -> None:
+    data = [images(6, seed, 32, 3) for seed in range(4)]
+    scores = tp_amp.EntropyTaylorImportance().collect(single(), data, progress=False).scores
+    assert float(scores["blocks.0.mlp.fc2"].max()) > 0
+    model = single()
+    pruner = tp_amp.AdaptiveMLPPruner(
+        model,
+        data[0][:1],
+        tp_amp.EntropyTaylorImportance(data=data[:2]),
+        data[2:],
+        max_increase=1e-4,
+        progress=False,
+    )
+    pruner.step()
+    assert pruner.plan.widths["blocks.0.mlp.fc2"] == 96  # nothing is free
+    for importance in (tp_amp.EntropyTaylorImportance, tp_amp.ReconstructionImportance):
+        with pytest.raises(ValueError, match="softmax over one class"):
+            importance("prediction").collect(single(), data, progress=False)
+    with pytest.raises(TypeError, match="pass objective=a callable"):
+        tp_amp.EntropyTaylorImportance().collect(toy(classes=1), [images(4)], progress=False)
 
 
 def test_features_of_timm_are_the_input_of_the_head() -> None:

@@ -15,7 +15,7 @@ from tp_amp.distillation.features import Features, read_features
 from tp_amp.distillation.run import Run, generators_of, seeded_on
 from tp_amp.distillation.state import Settings
 from tp_amp.distillation.trainable import adapted, checkpointed, cut_modules, held, used_parameters
-from tp_amp.importance.objectives import image_tower
+from tp_amp.importance.outputs.features import image_tower
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import prepare

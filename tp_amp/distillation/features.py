@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tp_amp.importance.objectives import ends_in_classifier, read_logits, similarity_logits, wide
+from tp_amp.importance.objectives import similarity_logits, wide
+from tp_amp.importance.outputs.logits import ends_in_classifier, read_logits
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import evaluating, hooks, shapes_first
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.importance.objectives import ends_in_classifier, pooled_features, read_logits
+from tp_amp.importance.outputs.features import pooled_features
+from tp_amp.importance.outputs.logits import ends_in_classifier, read_logits
 from tp_amp.running.inputs import Inputs, labels_of, prepare
 from tp_amp.running.watching import all_tensors
 from tp_amp.structure.observing import observing

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tp_amp.evaluation.fidelity import output_reader
 from tp_amp.evaluation.profiling import profiled
-from tp_amp.importance.objectives import ends_in_classifier, read_logits
+from tp_amp.importance.outputs.logits import ends_in_classifier, read_logits
 from tp_amp.reports.numbers import Measurement
 from tp_amp.running.arguments import check_whole
 from tp_amp.running.batches import check_batches, stream

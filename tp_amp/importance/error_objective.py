@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.importance.objectives import Objective
+from tp_amp.importance.outputs.logits import is_single
 from tp_amp.running.batches import stream
 from tp_amp.running.inputs import one_image
 from tp_amp.running.restoring import seeded
@@ -19,6 +21,9 @@ from tp_amp.structure.observing import observing
 logger = logging.getLogger(__name__)
 
 _PREDICTIONS = re.compile("logits|pred|boxes|masks|reconstruction")
+
+# Models whose outputs were told to be neither classes nor features, which is told once.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # A name of an objective, a callable, or None for "reconstruction".
 ErrorObjective = str | Callable[[Any], Tensor] | None
@@ -50,7 +55,7 @@ def error_objective(objective: ErrorObjective, temperature: float = 1 / 15) -> O
 def predictions(output: Any) -> list[str]:
     """Names of what a model gives beside features: boxes, masks, depth and the like."""
     names = output.keys() if isinstance(output, Mapping) else ()
-    return [name for name in names if _PREDICTIONS.search(name)]
+    return [name for name in names if _PREDICTIONS.search(name) and output[name] is not None]
 
 
 def readable(
@@ -72,11 +77,14 @@ def readable(
         few = one_image(first, 2)
         resolved = objective.resolve(model, few)
         try:
-            if resolved.kind == "similarity" and (given := predictions(few.call(model))):
-                raise TypeError(f"it gives {', '.join(given)} too")
+            if resolved.kind == "similarity":
+                _check_features_alone(few.call(model))
             resolved(model, few)
         except TypeError as error:
-            logger.warning(
+            level = logging.DEBUG if model in _told else logging.WARNING
+            _told.add(model)
+            logger.log(
+                level,
                 "%s's output is neither classes nor features, so all errors of a layer count the "
                 "same; pass objective= to say what matters (%s)",
                 type(model).__name__,
@@ -86,3 +94,11 @@ def readable(
         except ValueError:  # told where it is used
             return resolved
     return resolved
+
+
+def _check_features_alone(output: Any) -> None:
+    """Raise TypeError for what is more than features, or less."""
+    if is_single(output):
+        raise TypeError("it gives one number for each image")
+    if given := predictions(output):
+        raise TypeError(f"it gives {', '.join(given)} too")

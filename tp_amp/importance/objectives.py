@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tp_amp.importance.outputs.features import pooled_features, vector_of
+from tp_amp.importance.outputs.logits import describe, ends_in_classifier, is_single, read_logits
 from tp_amp.running.arguments import check_number
 from tp_amp.running.batches import stream
 from tp_amp.running.distributed import Turn, active, add_up, agree, gather_rows, in_turns, together
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.restoring import evaluating, hooks, seeded
+from tp_amp.running.restoring import evaluating, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ class Objective:
 
     Args:
         kind: `"prediction"`, `"similarity"`, `"auto"` (prediction where the model ends in a
-            classifier, else similarity; decided on the first batch and logged), or a callable that
-            takes the model's output and returns a scalar tensor.
+            classifier of two classes or more, else similarity; decided on the first batch and
+            logged), or a callable that takes the model's output and returns a scalar tensor.
         temperature: of `similarity`.
 
     Raises:
@@ -108,7 +109,8 @@ class Objective:
 
         Raises:
             TypeError: the model's output is of a type that the objective can't read.
-            ValueError: the model fails on the batch, or the objective is not finite.
+            ValueError: the model fails on the batch, the objective is not finite, or predictions
+                of one class are asked for.
         """
         if self.kind == "similarity":
             value = similarity_entropy(pooled_features(model, inputs), self.temperature)
@@ -123,7 +125,7 @@ class Objective:
         """
         if self.kind != "prediction":
             return self(model, inputs).reshape(1)
-        values = image_entropies(read_logits(inputs.call(model)))
+        values = image_entropies(_classes(inputs.call(model)))
         _finite(values.mean())
         return values
 
@@ -153,7 +155,7 @@ class Objective:
             return similarity_logits(_features_of(model, turn), self.temperature)
         if callable(self.kind) or turn.inputs is None:
             return None
-        return read_logits(turn.inputs.call(model))
+        return _classes(turn.inputs.call(model))
 
     def of_output(self, output: Any) -> Tensor:
         """Return the objective of an output that is already there (`auto` takes it for logits)."""
@@ -161,12 +163,25 @@ class Objective:
             value = self.kind(output)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise TypeError(
-                    f"the objective returned {_describe(value)}; it must return a scalar tensor"
+                    f"the objective returned {describe(value)}; it must return a scalar tensor"
                 )
             return value.reshape(())
         if self.kind == "similarity":
-            return similarity_entropy(_vector(output), self.temperature)
-        return prediction_entropy(read_logits(output))
+            return similarity_entropy(vector_of(output), self.temperature)
+        return prediction_entropy(_classes(output))
+
+
+def _classes(output: Any) -> Tensor:
+    """The logits `(images, classes)` of an output that holds several classes."""
+    logits = read_logits(output)
+    if is_single(logits):
+        raise ValueError(
+            "the prediction objective needs two classes or more, the model returned "
+            f"{describe(logits)}: the softmax over one class is constant; pass "
+            "objective='similarity' where the model has features, or a callable that reads this "
+            "output"
+        )
+    return logits
 
 
 def _features_of(model: nn.Module, turn: Turn) -> Tensor:
@@ -216,108 +231,3 @@ def resolve_on(objective: Objective, model: nn.Module, batches: Iterable[Any]) -
     with torch.no_grad(), evaluating(model, trainable=False):
         first = next(stream(batches, model, description="first batch", progress=False))
         return objective.resolve(model, first)
-
-
-def ends_in_classifier(model: nn.Module, inputs: Inputs) -> bool:
-    """Tell whether the model's output is logits over classes.
-
-    Hugging Face models name their logits, timm models know their `num_classes`, and elsewhere a
-    classifier is a Linear with a bias whose output is the model's output.
-    """
-    classes = getattr(model, "num_classes", None)
-    if isinstance(classes, int):
-        return classes > 0
-    biased = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-    last: list[Tensor] = []
-    with (
-        torch.no_grad(),
-        hooks(m.register_forward_hook(lambda _m, _a, out: last.append(out)) for m in biased),
-    ):
-        output = inputs.call(model)
-    if _get(output, "logits") is not None:
-        return True
-    return isinstance(output, Tensor) and any(output is result for result in last)
-
-
-def pooled_features(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Features `(images, features)`: CLS or pooled, after the final norm, before a projection.
-
-    Raises:
-        TypeError: the model's output holds no such features.
-        ValueError: the model fails on the batch.
-    """
-    model = image_tower(model)
-    trunk_forward: Any = getattr(model, "forward_features", None)
-    head_forward: Any = getattr(model, "forward_head", None)
-    if trunk_forward is not None and head_forward is not None:  # timm
-        return _vector(
-            inputs.call(lambda *a, **k: head_forward(trunk_forward(*a, **k), pre_logits=True))
-        )
-    with _without_projection(model):
-        features = _vector(inputs.call(model))
-    if len(features) != inputs.images:
-        raise TypeError(
-            f"the similarity objective needs features (images, features), the model returned "
-            f"{_describe(features)} for {inputs.images} images; pass objective=a callable that "
-            "reads this output"
-        )
-    return features
-
-
-def image_tower(model: nn.Module) -> nn.Module:
-    """The part of an open_clip model that makes image features; other models are it themselves."""
-    for name in ("visual", "trunk"):  # CLIP's image tower, and the timm model wrapped in it
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            return image_tower(part)
-    return model
-
-
-@contextmanager
-def _without_projection(model: nn.Module) -> Iterator[None]:
-    """Take off the projection parameter of open_clip's VisionTransformer."""
-    projection = model._parameters.get("proj")
-    if projection is None:
-        yield
-        return
-    model._parameters["proj"] = None
-    try:
-        yield
-    finally:
-        model._parameters["proj"] = projection
-
-
-def read_logits(output: Any) -> Tensor:
-    """The logits `(images, classes)` in a model's output; TypeError if it holds none."""
-    logits = _get(output, "logits")
-    logits = output if logits is None else logits
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise TypeError(
-            f"the prediction objective and accuracy need logits (images, classes), the model "
-            f"returned {_describe(logits)}; pass objective=a callable that reads this output"
-        )
-    return logits
-
-
-def _vector(output: Any) -> Tensor:
-    features = _get(output, "pooler_output")
-    if features is None and _get(output, "last_hidden_state") is not None:
-        features = _get(output, "last_hidden_state")[:, 0]
-    if features is None:
-        features = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(features, Tensor) or features.dim() != 2:
-        raise TypeError(
-            f"the similarity objective needs features (images, features), the model returned "
-            f"{_describe(features)}; pass objective=a callable that reads this output"
-        )
-    return features
-
-
-def _get(output: Any, key: str) -> Any:
-    return output.get(key) if isinstance(output, dict) else getattr(output, key, None)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"

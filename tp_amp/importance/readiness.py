@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_amp.importance.entropy_taylor import EntropyTaylorImportance
-from tp_amp.importance.objectives import read_logits
+from tp_amp.importance.outputs.logits import read_logits
 from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.running.batches import bar, stream
 from tp_amp.running.inputs import labels_of, prepare
