@@ -9,11 +9,13 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from toys import perturbed, relative
+from toys import fingerprint, perturbed, relative
 from zoo_checks import masked
 
 import tp_amp
+from tp_amp.distillation.features import read_features
 from tp_amp.importance.hidden_moments import hidden_moments
+from tp_amp.importance.outputs.features import pooled_features
 from tp_amp.running.inputs import prepare
 from tp_amp.running.padding import images_alone, valid_tokens
 from tp_amp.search.prefix_cache import Prefix
@@ -165,3 +167,65 @@ def test_which_tokens_are_padding() -> None:
 def test_labels_and_measuring() -> None:
     measured = tp_amp.measure(model_of(), [FORMS["labelled"](batch(1))], repeats=1)
     assert measured.labelled_images == 8
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "map"])
+def test_pooled_features_are_those_of_the_images_without_padding(pool: str) -> None:
+    model = model_of(num_classes=0, global_pool=pool)
+    before = fingerprint(model)
+    with torch.no_grad():
+        plain, padded = (
+            pooled_features(model, prepare(batch(1, padding), model)) for padding in (None, 50.0)
+        )
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain, model(batch(1, None)))
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(("classes", "objective"), [(0, "auto"), (4, "similarity")])
+def test_features_of_its_own_dict_are_what_a_model_is_for(classes: int, objective: str) -> None:
+    found = []
+    for padding in (0.0, 50.0):
+        batches, model = [batch(seed, padding) for seed in range(3)], model_of(num_classes=classes)
+        taylor = tp_amp.EntropyTaylorImportance(objective, data=batches[:1])
+        errors = tp_amp.ReconstructionImportance(objective, data=batches)
+        plan = tp_amp.plan_for_target(model, batches[0], errors, {"params": 0.97})
+        pruner = tp_amp.AdaptiveMLPPruner(
+            model, batches[0], taylor, batches[1:], max_increase=1e-5, progress=False
+        )
+        pruner.step()
+        scores = taylor.scores["blocks.1.mlp.fc2"]
+        found.append((plan.keep, pruner.plan.keep, scores))
+    assert float(found[0][2].max()) > 0
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-6)
+
+
+def test_models_of_features_are_compared_and_distilled_on_their_own_dict() -> None:
+    batches, teacher = [batch(seed) for seed in range(2)], model_of(num_classes=0)
+    table = tp_amp.compare(
+        teacher, batches[0], [tp_amp.DIMAPImportance()], batches, fractions=[0.5], progress=False
+    )
+    assert "cosine" in str(table)
+    student = copy.deepcopy(teacher)
+    tp_amp.apply_plan(
+        student,
+        tp_amp.plan_from_importance(teacher, batches[0], tp_amp.DIMAPImportance(), 0.5),
+        batches[0],
+    )
+    weight = student.blocks[0].mlp.fc1.weight.detach().clone()
+    tp_amp.distill(student, teacher, batches, epochs=1, warmup_epochs=0, progress=False)
+    assert not torch.equal(student.blocks[0].mlp.fc1.weight, weight)
+
+
+def test_padding_is_no_part_of_what_a_student_learns() -> None:
+    model = model_of(num_classes=0)
+    features, _ = read_features(model, prepare(batch(1), model), ["cls", "tokens"])
+    with torch.no_grad():
+        plain, padded = (
+            prepare(batch(1, padding), model).call(features) for padding in (None, 50.0)
+        )
+    torch.testing.assert_close(padded["cls"], plain["cls"], rtol=1e-4, atol=1e-4)
+    last = padded["tokens"].shape[1] - 3
+    torch.testing.assert_close(padded["tokens"][:, :last], plain["tokens"], rtol=1e-4, atol=1e-4)
+    assert not bool(padded["tokens"][:, last:].any())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tp_amp.importance.objectives import similarity_logits, wide
 from tp_amp.importance.outputs.logits import ends_in_classifier, read_logits
 from tp_amp.running.inputs import Inputs
+from tp_amp.running.padding import valid_tokens
 from tp_amp.running.restoring import evaluating, hooks, shapes_first
 
 TERMS = ("cls", "tokens", "logits", "similarity")
@@ -67,17 +68,30 @@ class Features(nn.Module):
                 if self.tap.side == "input"
                 else layer.register_forward_hook(lambda _m, _i, output: seen.append(output))
             )
+        # What calls this module sees its signature, not the model's.
+        inputs = Inputs(args, kwargs)
+        args, kwargs = inputs.arguments_of(self.model)
         with hooks(handles):
             output = self.model(*args, **kwargs)
         found = {"logits": read_logits(output)} if self.logits else {}
         if self.tap is not None:
             tokens = tokens_of(seen[-1])
             assert tokens is not None, "find_tap saw tokens here"
+            tokens, mean = _without_padding(tokens, inputs, self.model)
             if self.tap.class_token:
                 found |= {"cls": tokens[:, 0], "tokens": tokens[:, 1:]}
             else:
-                found |= {"cls": tokens.mean(1), "tokens": tokens}
+                found |= {"cls": mean, "tokens": tokens}
         return found
+
+
+def _without_padding(tokens: Tensor, inputs: Inputs, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Tokens with nothing in the places of padding, and the mean over an image's others."""
+    weights = valid_tokens(inputs, model, tokens.shape[0] * tokens.shape[1])
+    if weights is None:
+        return tokens, tokens.mean(1)
+    valid = weights.to(tokens).view(*tokens.shape[:2], 1)
+    return tokens * valid, (tokens * valid).sum(1) / valid.sum(1).clamp_min(1)
 
 
 def read_features(

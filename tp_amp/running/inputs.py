@@ -61,15 +61,19 @@ class Inputs:
         kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in items}
         return Inputs(args, kwargs, self.labels)
 
-    def call(self, function: Any) -> Any:
-        """Call `function` on the batch; a failure becomes a ValueError that tells the shapes.
+    def arguments_of(self, function: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as `function` takes them.
 
         A dict that lacks what the model's forward pass needs is its one argument, as the patches,
         coordinates and validity of timm's NaFlexViT are.
         """
         whole = bool(self.kwargs) and not self.args and not _takes(function, self.kwargs)
-        args, kwargs = ((self.kwargs,), {}) if whole else (self.args, self.kwargs)
-        lookups = (AttributeError, KeyError) if whole else ()
+        return ((self.kwargs,), {}) if whole else (self.args, self.kwargs)
+
+    def call(self, function: Any) -> Any:
+        """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
+        args, kwargs = self.arguments_of(function)
+        lookups = (AttributeError, KeyError) if len(args) > len(self.args) else ()
         try:
             return function(*args, **kwargs)
         except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, *lookups) as error:
