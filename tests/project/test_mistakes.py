@@ -404,6 +404,36 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         r"its forward takes \(x.*\).*, found the keys \['pixel_values'\]",
     ),
+    "no image at all": (
+        lambda p: tp_amp.find_mlps(p.model, p.x[:0]),
+        ValueError,
+        r"example inputs hold no images, found shape \(0, 1, 8, 8\); pass one image",
+    ),
+    "a list in a list": (
+        lambda p: tp_amp.find_mlps(p.model, [[p.x]]),
+        ValueError,
+        r"inputs without a tensor \(list\): [\s\S]*; pass a tensor of images, or a tuple or a dict",
+    ),
+    "a text in a tuple": (
+        lambda p: tp_amp.inspect(p.model, ("x",)),
+        ValueError,
+        r"inputs without a tensor \(str\): [\s\S]*; pass a tensor of images",
+    ),
+    "nothing in a tuple": (
+        lambda p: tp_amp.inspect(p.model, (None,)),
+        ValueError,
+        r"inputs without a tensor \(NoneType\)",
+    ),
+    "nothing under a key": (
+        lambda p: tp_amp.inspect(p.model, {"x": None}),
+        ValueError,
+        r"inputs without a tensor \(x: NoneType\)",
+    ),
+    "a list under a key": (
+        lambda p: tp_amp.inspect(p.model, {"x": [p.x]}),
+        ValueError,
+        r"inputs without a tensor \(x: list\)",
+    ),
     "labels too": (
         lambda p: tp_amp.inspect(p.model, (p.x, torch.zeros(1))),
         ValueError,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import ToyViT, images, toy
+from toys import ToyViT, fingerprint, images, toy
 
 import tp_amp
 from tp_amp import EntropyTaylorImportance
@@ -177,3 +181,137 @@ def test_a_batch_of_another_size_repeats_the_images(count: int) -> None:
     assert torch.equal(found.kwargs["input_ids"], texts.view(3, 2, 2)[order].flatten(0, 1))
     assert torch.equal(found.kwargs["scale"], torch.ones(4, 5))
     assert found.kwargs["flag"] is True
+
+
+@pytest.fixture(scope="module")
+def vit() -> Any:
+    """Of transformers: all of its arguments have defaults, and it takes any others."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config).eval()
+
+
+WRONG = r"its forward takes \(pixel_values, .*\), found the keys \['image'\]; .*pick_inputs\(batch"
+
+
+def test_other_keys_than_those_of_transformers_are_told_everywhere(vit: Any) -> None:
+    x, batches = images(4), [{"image": images(4)} for _ in range(2)]
+    plan = tp_amp.plan_from_importance(vit, {"pixel_values": x}, tp_amp.DIMAPImportance(), 0.5)
+    quiet: Any = {"progress": False}
+    before = fingerprint(vit)
+    calls: list[Callable[[], Any]] = [
+        lambda: tp_amp.inspect(vit, batches[0]),
+        lambda: tp_amp.ReconstructionImportance().collect(vit, batches, **quiet),
+        lambda: tp_amp.EntropyTaylorImportance().collect(vit, batches, **quiet),
+        lambda: tp_amp.compensate(vit, plan, batches, **quiet),
+        lambda: tp_amp.measure(vit, batches, **quiet),
+        lambda: tp_amp.distill(vit, copy.deepcopy(vit), batches, epochs=1, **quiet),
+        lambda: tp_amp.AdaptiveMLPPruner(
+            vit, {"pixel_values": x}, tp_amp.DIMAPImportance(), batches, **quiet
+        ).step(),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=WRONG):
+            call()
+    assert fingerprint(vit) == before
+
+
+def test_images_by_position_are_told_their_name() -> None:
+    class Both(ToyViT):
+        """Takes texts first, as CLIP does."""
+
+        def forward(self, input_ids: Any = None, pixel_values: Any = None, **_: Any) -> Tensor:
+            return super().forward(pixel_values.float())
+
+    with pytest.raises(ValueError, match=r"found 1 inputs by position; pass a dict by name, such"):
+        tp_amp.inspect(Both(), images(1))
+    assert len(tp_amp.find_mlps(Both(), {"pixel_values": images(1), "more": 3})) == 2
+
+
+def test_a_fault_of_the_model_is_its_own() -> None:
+    class Broken(ToyViT):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(AttributeError, match="has no attribute 'heads'"):
+        tp_amp.inspect(Broken(), images(1))
+
+
+def test_a_whole_dict_beside_other_options() -> None:
+    class Whole(ToyViT):
+        def forward(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
+            return super().forward(batch["image"])
+
+    batches = [{"image": images(4), "label": torch.arange(4)}]
+    assert len(tp_amp.find_mlps(Whole(), batches[0])) == 2
+    assert tp_amp.measure(Whole().eval(), batches, repeats=1).labelled_images == 4
+
+
+class Conditional(ToyViT):
+    """Can't do without the classes that it draws images of."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.classes = nn.Embedding(5, 12)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.classes(labels)[:, None]
+        return self.norm(self.blocks(tokens)).mean(1)
+
+
+def conditioned(seed: int) -> dict[str, Tensor]:
+    return {"x": images(6, seed), "labels": torch.arange(6) % 5, "target": torch.zeros(6)}
+
+
+def test_labels_that_a_model_needs_are_its_inputs() -> None:
+    model, batches = Conditional().eval(), [conditioned(1), conditioned(2)]
+    found = prepare(batches[0], model)
+    assert list(found.kwargs) == ["x", "labels"]
+    assert found.labels is None
+    importance = tp_amp.ReconstructionImportance(data=batches)
+    example_inputs = {name: batches[0][name] for name in ("x", "labels")}
+    plan = tp_amp.plan_for_target(model, example_inputs, importance, {"params": 0.9})
+    student = copy.deepcopy(model)
+    tp_amp.compensate(
+        student, plan, batches, every_linear=True, token_weights="sensitivity", progress=False
+    )
+    tp_amp.distill(student, model, batches, epochs=1, warmup_epochs=0, progress=False)
+
+
+class Optional(ToyViT):
+    """Works with and without labels, as models of transformers do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x) + (0 if labels is None else 100)
+
+
+def test_what_a_function_picks_is_what_the_model_takes() -> None:
+    batches, x = [conditioned(1)], images(6, 1)
+    (picked,) = tp_amp.pick_inputs(batches, lambda batch: dict(batch, target=torch.arange(6)))
+    model = Optional().eval()
+    found = prepare(picked, model)
+    assert list(found.kwargs) == ["x", "labels"]  # it takes no target
+    assert found.labels is not None
+    assert list(prepare(found.raw(), model).kwargs) == ["x", "labels"]
+    assert torch.equal(found.call(model), model(x) + 100)
+    assert list(prepare(batches[0], model).kwargs) == ["x"]
+    (pair,) = tp_amp.pick_inputs(batches, lambda batch: (batch, torch.arange(6)))
+    assert list(prepare(pair, model).kwargs) == ["x", "labels"]
+
+
+def test_a_tuple_of_two_inputs_is_told_to_be_a_dict() -> None:
+    class Tracker(ToyViT):
+        def forward(self, template: Tensor, target: Tensor) -> Tensor:
+            return super().forward(template) - super().forward(target)
+
+    model, pair = Tracker().eval(), (images(4), images(4, 2))
+    importance = tp_amp.ReconstructionImportance()
+    with pytest.raises(ValueError, match=r"key=lambda batch: \{'template': batch\[0\], 'target': "):
+        importance.collect(model, [pair], progress=False)
+    named = tp_amp.pick_inputs([pair], lambda batch: {"template": batch[0], "target": batch[1]})
+    importance.collect(model, named, progress=False)
+    importance.collect(model, [{"template": pair[0], "target": pair[1]}], progress=False)

@@ -99,7 +99,7 @@ class Run:
 
     def _epoch(self, shown: Any) -> None:
         _set_epoch(self.batches, self.epoch, self.settings.seed)
-        read = stream(self.batches, self.student, description="", progress=False)
+        read = stream(self.batches, self.student.model, description="", progress=False)
         done = 0
         for group in _groups(read, self.settings.accumulate):
             rate = self._schedule(self.epoch * self.steps + done)
@@ -156,7 +156,7 @@ class Run:
 
     def _terms(self, inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad(), self.accelerator.autocast():
-            target = prepare(inputs.raw(), self.teacher).call(self.teacher)
+            target = prepare(inputs.raw(), self.teacher.model).call(self.teacher)
         found = inputs.call(self.model)
         return losses(found, target, self.settings.weights, self.settings.temperature)
 

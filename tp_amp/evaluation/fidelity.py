@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tp_amp.importance.outputs.features import pooled_features
 from tp_amp.importance.outputs.logits import ends_in_classifier, read_logits
-from tp_amp.running.inputs import Inputs, labels_of, prepare
+from tp_amp.running.inputs import Inputs, prepare
 from tp_amp.running.watching import all_tensors
 from tp_amp.structure.observing import observing
 
@@ -40,7 +40,7 @@ def default_metric(model: nn.Module, batches: Iterable[Any]) -> tuple[str, Metri
     """
     batches = list(batches)
     inputs = [prepare(batch, model) for batch in batches]
-    labels = [labels_of(batch) for batch in batches]
+    labels = [batch.labels for batch in inputs]
     if all(found is not None for found in labels) and class_count(model, inputs[0]) is not None:
         right = torch.cat([found for found in labels if found is not None]).cpu()
         return ACCURACY, lambda pruned: _accuracy(_outputs(pruned, inputs, _logits), right)

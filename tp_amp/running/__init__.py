@@ -7,7 +7,7 @@ layers share. `restoring` holds the context managers that give flags, hooks, att
 state back, `snapshot` is what they go back to, and `watching` reads what single layers are called
 with. `distributed` lets several processes act as one, `checkpoint` keeps what a long run has done,
 `shelf` holds what it needs between its steps, and `timing` tells what it will take. The folder
-`runtimes` builds a model for others than PyTorch.
+`runtimes` builds a model for others than PyTorch, and `forward` knows what a forward pass takes.
 """
 
 # What other folders import; every other module here is private to the folder.

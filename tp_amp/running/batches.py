@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tp_amp.running.arguments import check_number
 from tp_amp.running.distributed import is_first
-from tp_amp.running.inputs import Inputs, labels_of, prepare
+from tp_amp.running.inputs import Arguments, Inputs, labels_of, prepare
 
 
 def stream(
@@ -103,7 +103,8 @@ def pick_inputs(batches: Iterable[Any], key: str | Callable[[Any], Any]) -> Iter
         batches: that are dicts, or anything if `key` is callable; read again each time.
         key: of the images in each batch; labels under their usual names (`"label"`, `"labels"`,
             `"target"`, `"targets"`) go along. Or takes a batch and gives one that is understood: a
-            tensor of images, a tuple of images and labels, or a dict of the model's arguments.
+            tensor of images, a tuple of images and labels, or a dict of the model's arguments, of
+            which those under the names of labels are passed where the model takes them.
 
     Returns:
         Batches for every function that takes some; as long as `batches`, where that has a length.
@@ -129,12 +130,19 @@ class _Picked:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield self.key(batch) if callable(self.key) else _picked(batch, self.key)
+            yield _made(self.key(batch)) if callable(self.key) else _picked(batch, self.key)
 
 
 class _SizedPicked(_Picked):
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
+
+
+def _made(found: Any) -> Any:
+    """What a function made of a batch, a dict marked as the model's arguments."""
+    if isinstance(found, (tuple, list)) and found and isinstance(found[0], Mapping):
+        return (Arguments(found[0]), *found[1:])
+    return Arguments(found) if isinstance(found, Mapping) else found
 
 
 def _picked(batch: Any, key: str) -> Any:

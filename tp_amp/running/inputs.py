@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tp_amp.running.forward.names import accepts, required, takes
+from tp_amp.running.forward.remedies import of_inputs, remedy, shapes_of
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 # What transformers calls images, where texts may stand before them.
@@ -17,6 +19,10 @@ _IMAGES = ("pixel_values", "pixel_values_videos")
 _TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 # How many patches of each image stand in one row of all images' patches, `(images, 3)`.
 _GRIDS = ("grid_thw", "image_grid_thw")
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments of a model, among which no labels are left to be set apart."""
 
 
 @dataclass(frozen=True)
@@ -67,72 +73,24 @@ class Inputs:
         A dict that lacks what the model's forward pass needs is its one argument, as the patches,
         coordinates and validity of timm's NaFlexViT are.
         """
-        whole = bool(self.kwargs) and not self.args and not _takes(function, self.kwargs)
-        return ((self.kwargs,), {}) if whole else (self.args, self.kwargs)
+        whole = bool(self.kwargs) and not self.args and not takes(function, self.kwargs)
+        return ((dict(self.kwargs),), {}) if whole else (self.args, self.kwargs)
 
     def call(self, function: Any) -> Any:
         """Call `function` on the batch; a failure becomes a ValueError that tells the shapes."""
         args, kwargs = self.arguments_of(function)
-        lookups = (AttributeError, KeyError) if len(args) > len(self.args) else ()
+        whole = len(args) > len(self.args)
+        lookups = (AttributeError, KeyError) if whole else (AttributeError,)
         try:
             return function(*args, **kwargs)
         except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, *lookups) as error:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
+            if not whole and not of_inputs(error):
+                raise
+            tensors = self.tensors()
             raise ValueError(
-                f"the model failed on inputs of shape {shapes}: {error}; "
-                f"{_remedy(function, self, error)}"
+                f"the model failed on {shapes_of(self.args, self.kwargs, tensors)}: {error}; "
+                f"{remedy(function, self.args, self.kwargs, tensors, error)}"
             ) from error
-
-
-def _remedy(function: Any, inputs: Inputs, error: Exception) -> str:
-    """What to do about inputs that a model fails on, by what they look like."""
-    picked = "; tp_amp.pick_inputs(batches, key=...) picks the images out of batches"
-    wrong = isinstance(error, TypeError) and "argument" in str(error)
-    if wrong or isinstance(error, (AttributeError, KeyError)):
-        given = f"the keys {list(inputs.kwargs)}" if inputs.kwargs else f"{len(inputs.args)} inputs"
-        try:
-            takes = str(inspect.signature(getattr(function, "forward", function)))
-        except (TypeError, ValueError):
-            takes = "others"
-        return (
-            f"its forward takes {takes}, found {given}; labels are none of them"
-            f"{picked if inputs.kwargs else ''}"
-        )
-    images = next(iter(inputs.tensors()), None)
-    if images is None:
-        return "pass images"
-    dtype = str(images.dtype).removeprefix("torch.")
-    if images.dim() == 4 and images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
-        return "the images have their channels last; pass images.permute(0, 3, 1, 2)"
-    if images.dim() > 2 and not images.is_floating_point():
-        return f"the images are {dtype}; pass images.float() / 255, normalised as the model needs"
-    if images.dim() == 3 and images.shape[0] in (1, 3, 4) and not inputs.kwargs:
-        return "an image stands without a batch; pass images[None]"
-    weights = function.parameters() if isinstance(function, nn.Module) else ()
-    like = next((p for p in weights if p.is_floating_point()), None)
-    if like is not None and images.is_floating_point() and images.dtype != like.dtype:
-        return f"the inputs are {dtype}; pass inputs.to(torch.{str(like.dtype)[6:]})"
-    if like is not None and images.device != like.device:
-        return f'the inputs lie on {images.device}; pass inputs.to("{like.device}")'
-    check = "check that images have the size and channels the model was built for"
-    if not inputs.kwargs:
-        return check
-    keys = list(inputs.kwargs)
-    return f"{check}, and that the model takes what stands under the keys {keys}{picked}"
-
-
-def _takes(function: Any, names: Collection[str]) -> bool:
-    """Whether some keyword arguments hold all that a model's forward pass needs."""
-    while isinstance(function, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        function = function.module
-    if not isinstance(function, nn.Module):
-        return True
-    parameters = list(inspect.signature(type(function).forward).parameters.values())[1:]
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return True
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in several]
-    return all(p.name in names for p in needed)
 
 
 def runner(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -147,19 +105,22 @@ def prepare(batch: Any, model: nn.Module) -> Inputs:
 
     Args:
         batch: images as a tensor `(images, ...)`, a tuple or list with the images first (of what
-            follows, only labels are kept, apart), or a dict of keyword arguments and labels.
+            follows, only labels are kept, apart), or a dict of keyword arguments and labels (which
+            are arguments too where the forward pass can't do without).
         model: gives device and floating dtype by its first floating parameter.
 
     Raises:
         TypeError: the batch is none of these.
         ValueError: the batch is empty.
     """
-    labels = labels_of(batch)
+    labels = None if isinstance(batch, Mapping) else labels_of(batch)
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
         batch = batch[0]
     if isinstance(batch, Mapping):
-        batch = _inner({k: v for k, v in batch.items() if k not in LABEL_KEYS})
-        inputs = Inputs(kwargs={k: _move(v, model) for k, v in batch.items()})
+        apart = {name: batch[name] for name in _labels_apart(batch, model)}
+        labels = labels_of(apart) if labels is None else labels
+        batch = _inner({k: v for k, v in batch.items() if k not in apart})
+        inputs = Inputs(kwargs=Arguments((k, _move(v, model)) for k, v in batch.items()))
     elif isinstance(batch, Tensor):
         inputs = Inputs(args=(_move(batch, model),))
     else:
@@ -186,6 +147,15 @@ def labels_of(batch: Any) -> Tensor | None:
         found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     whole = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
     return found if whole else None
+
+
+def _labels_apart(batch: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The labels of a dict that are no arguments of the model."""
+    found = [name for name in batch if name in LABEL_KEYS]
+    if isinstance(batch, Arguments):
+        return [name for name in found if not accepts(model, name)]
+    needed = required(model)
+    return [name for name in found if name not in needed]
 
 
 def _move(value: Any, model: nn.Module) -> Any:
@@ -248,7 +218,18 @@ def example(inputs: Any) -> Inputs:
 
     Raises:
         TypeError: they are none of these.
+        ValueError: they hold no image.
     """
+    found = _example(inputs)
+    images = next(iter(found.tensors()), None)
+    if images is not None and images.dim() > 0 and len(images) == 0:
+        raise ValueError(
+            f"example inputs hold no images, found shape {tuple(images.shape)}; pass one image"
+        )
+    return found
+
+
+def _example(inputs: Any) -> Inputs:
     if isinstance(inputs, (Mapping, tuple, list)):
         inputs = _inner(inputs)
     if isinstance(inputs, Mapping):
