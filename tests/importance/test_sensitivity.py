@@ -1,11 +1,14 @@
 """The sensitivity against gradients taken image by image, and label by label."""
 
+from typing import Any
+
 import pytest
 import torch
 from sensitivities import output_sensitivity, place_sensitivity
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
+import tp_amp
 from tp_amp.importance.objectives import Objective
 from tp_amp.importance.places import repeated
 from tp_amp.importance.sensitivity import sensitivity
@@ -175,3 +178,43 @@ def test_gradients_that_are_not_finite_raise() -> None:
     broken = lambda output: (output * 0).abs().sqrt().mean()  # noqa: E731
     with pytest.raises(ValueError, match=r"blocks.0.mlp.second.* not finite"):
         places(model, [images(4)], broken, LAYERS)
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda output: output.detach().sum(), lambda output: torch.tensor(0.0)]
+)
+def test_an_objective_without_a_gradient_is_told_by_all_that_take_one(objective: Any) -> None:
+    model, batches = toy(), [images(8), images(8, 2)]
+    before = fingerprint(model)
+    plan = tp_amp.PruningPlan({"blocks.0.mlp.second": [0, 1, 2]})
+    options: dict[str, Any] = {"token_weights": "sensitivity", "progress": False}
+    for call in (
+        lambda: tp_amp.compensate(model, plan, batches, objective=objective, **options),
+        lambda: tp_amp.ReconstructionImportance(objective).collect(model, batches, progress=False),
+        lambda: tp_amp.EntropyTaylorImportance(objective).collect(model, batches, progress=False),
+    ):
+        with pytest.raises(ValueError, match="reads the model's output with its gradient"):
+            call()
+    assert fingerprint(model) == before
+
+
+def test_an_objective_of_other_layers_has_a_gradient() -> None:
+    """What it does not depend on is told, or left out, layer by layer."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.first(x), self.second(x)
+
+    found = sensitivity(
+        Two(),
+        [torch.ones(4, 4)],
+        Objective(lambda output: output[0].sum()),
+        outputs=["second"],
+        optional=["second"],
+        progress=False,
+    )
+    assert found.outputs == {}

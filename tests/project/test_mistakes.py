@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
@@ -136,6 +137,16 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         r"target must name one of",
     ),
     "searched target is a number": (lambda p: p.pruner(target=0.5), TypeError, r"must be a dict"),
+    "searched target above the model": (
+        lambda p: p.pruner(target={"params": 2e9}),
+        ValueError,
+        r"the target of 2e\+09 params can't be met: reachable are .* to 2661",
+    ),
+    "searched target out of reach": (
+        lambda p: p.pruner(target={"params": 0.001}),
+        ValueError,
+        r"can't be met: reachable are .*, fractions 0\.\d+ to 1",
+    ),
     # Widths.
     "round_to of zero": (
         lambda p: p.plan_for(round_to=0),
@@ -295,6 +306,31 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         r"found one tensor",
     ),
+    "calibration of a folder": (
+        lambda p: p.pruner(calibration="photos"),
+        TypeError,
+        r"an iterable of batches, found 'photos'; pass a DataLoader or a list of batches",
+    ),
+    "calibration of a dict": (
+        lambda p: p.pruner(calibration={"x": images(8)}),
+        TypeError,
+        r"an iterable of batches, found one dict with the keys \['x'\]; pass \[batch\]",
+    ),
+    "data of a folder": (
+        lambda p: tp_amp.ReconstructionImportance(data="photos"),
+        TypeError,
+        r"an iterable of batches, found 'photos'",
+    ),
+    "data at a path": (
+        lambda p: tp_amp.EntropyTaylorImportance(data=p.folder),
+        TypeError,
+        r"an iterable of batches, found .*Path",
+    ),
+    "one batch in a dict": (
+        lambda p: tp_amp.compensate(p.model, tp_amp.PruningPlan({DOWN: [0]}), {"x": images(8)}),
+        TypeError,
+        r"found one dict with the keys \['x'\]",
+    ),
     "calibration read once": (
         lambda p: p.pruner(calibration=iter(p.loader)),
         TypeError,
@@ -358,6 +394,16 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         lambda p: p.applied({DOWN: [0.5, 1.0]}),
         TypeError,
         rf"the plan must keep a list of whole numbers of {DOWN}, found \[0\.5, 1\.0\]",
+    ),
+    "a plan of a list": (
+        lambda p: tp_amp.PruningPlan(["a"]),  # type: ignore[arg-type]
+        TypeError,
+        r"a plan keeps a dict of module paths and lists of whole numbers, found a list",
+    ),
+    "a plan of nothing": (
+        lambda p: tp_amp.PruningPlan(None),  # type: ignore[arg-type]
+        TypeError,
+        r"found a NoneType",
     ),
     "a plan of a width": (lambda p: p.applied({DOWN: 10}), TypeError, r"list of whole numbers"),
     "a plan of a channel twice": (lambda p: p.applied({DOWN: [0, 0]}), ValueError, r"be distinct"),
@@ -579,3 +625,59 @@ def test_widths_of_a_part_that_stays_whole_are_told_once(
     assert plan.widths["blocks.0.mlp.second"] == 20
     told = "with round_to=32 the smallest width is 32, so that 1 of 2 MLPs stay whole: blocks.0"
     assert sum(told in message for message in caplog.messages) == 1
+
+
+# Of a model with one attention, what an attention can't have.
+HEADS: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
+    "a list": (lambda m: [3], TypeError, r"must be a dict from modules .*, found a list"),
+    "a path": (
+        lambda m: {"blocks.0.attn": 3},
+        ValueError,
+        r"num_heads names (the text 'blocks\.0\.attn'|a str) that is no module of this Vis.*; take",
+    ),
+    "of another model": (lambda m: {nn.Linear(2, 2): 3}, ValueError, r"names a Linear that is no"),
+    "none": (
+        lambda m: {m.get_submodule("blocks.0.attn"): 0},
+        ValueError,
+        r"num_heads\[blocks\.0\.attn\] must be a positive integer, found 0",
+    ),
+    "a float": (
+        lambda m: {m.get_submodule("blocks.0.attn"): 3.0},
+        ValueError,
+        r"must be a positive integer, found 3\.0",
+    ),
+    "what does not divide": (
+        lambda m: {m.get_submodule("blocks.0.attn"): 5},
+        ValueError,
+        r"num_heads\[blocks\.0\.attn\] is 5, which divides none of the channels \[24, 72\] of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("told", "error", "message"), HEADS.values(), ids=HEADS)
+def test_numbers_of_heads_are_checked_by_all_that_take_them(
+    told: Callable[[nn.Module], Any], error: type[Exception], message: str
+) -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=4
+    ).eval()
+    x, loader = torch.zeros(1, 3, 32, 32), Loader([torch.zeros(4, 3, 32, 32)])
+    heads = told(model)
+    before = fingerprint(model)
+    scores = tp_amp.DIMAPImportance()
+    errors = tp_amp.ReconstructionImportance(data=loader)
+    calls: dict[str, Callable[[], Any]] = {
+        "find": lambda: tp_amp.find_attentions(model, x, num_heads=heads),
+        "inspect": lambda: tp_amp.inspect(model, x, num_heads=heads),
+        "rank": lambda: tp_amp.plan_from_importance(model, x, scores, 0.5, num_heads=heads),
+        "search": lambda: tp_amp.AdaptiveMLPPruner(model, x, scores, loader, num_heads=heads),
+        "target": lambda: tp_amp.plan_for_target(model, x, errors, RANDOM, num_heads=heads),
+        "rotate": lambda: tp_amp.rotate_heads(model, x, loader, num_heads=heads),
+    }
+    for name, call in calls.items():
+        if "divides" in message and name in ("find", "inspect"):
+            continue  # they say of each attention why it stays
+        with pytest.raises(error, match=message):
+            call()
+    assert loader.read == 0
+    assert fingerprint(model) == before

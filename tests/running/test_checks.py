@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from toys import fingerprint, images, masked, relative, toy
 
 import tp_amp
-from tp_amp.running.checks import check_model, remade
+from tp_amp.running.checks import check_heads, check_model, remade
 
 DOWN = "blocks.1.mlp.second"
 
@@ -252,3 +252,30 @@ def test_experts_in_one_tensor_are_told_and_stay_whole() -> None:
     found = tp_amp.inspect(model, x[:1])
     assert "holds the weights of 3 experts" in found.kept_layers["blocks.0.mlp"]
     assert [mlp.down for mlp in found.mlps] == [DOWN]
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(24, 36), nn.Linear(12, 24)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12, 8, 9])
+def test_what_divides_the_channels_of_any_layer_may_be(count: int) -> None:
+    """Which of them are those of the heads, the attention alone knows."""
+    model = nn.Sequential(Heads())
+    check_heads(model, {model[0]: count})
+
+
+def test_a_module_without_linears_tells_no_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    check_heads(model, {model[0]: 5})
+    check_heads(model, {})
+    check_heads(model, None)
+
+
+@pytest.mark.parametrize("count", [5, 7, 10, True, torch.tensor(2)])
+def test_what_divides_none_or_is_no_number_is_refused(count: Any) -> None:
+    model = nn.Sequential(Heads())
+    with pytest.raises(ValueError, match=r"num_heads\[0\] (is \d+, which divides|must be a pos)"):
+        check_heads(model, {model[0]: count})

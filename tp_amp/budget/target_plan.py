@@ -15,7 +15,7 @@ from tp_amp.budget.width_kinds import sites_of
 from tp_amp.importance.reconstruction import ReconstructionImportance
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.arguments import check_importance, check_whole
-from tp_amp.running.checks import check_model
+from tp_amp.running.checks import check_heads, check_model
 from tp_amp.running.runtimes.building import EAGER
 from tp_amp.structure.model_structure import ModelStructure, Site
 from tp_amp.structure.selection import Layers, selected
@@ -94,6 +94,7 @@ def plan_for_target(
             f"{type(importance).__name__}; AdaptiveMLPPruner(target=...) meets a size with any"
         )
     check_model(model, values=True)
+    check_heads(model, num_heads)
     structure = ModelStructure(model, example_inputs, num_heads=num_heads)
     every = sites_of(structure, widths)
     sites = selected(

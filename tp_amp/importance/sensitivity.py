@@ -17,6 +17,7 @@ from tp_amp.importance.places import PlaceGradients, check_finite_gradients
 from tp_amp.importance.recomputing import recomputed
 from tp_amp.running.batches import stream
 from tp_amp.running.distributed import Turn, add_up_named, agree, in_turns, together
+from tp_amp.running.inputs import Inputs
 from tp_amp.running.restoring import hooks
 from tp_amp.structure.observing import observing
 
@@ -151,6 +152,8 @@ def _gradients(
         loss = _loss(model, turn, objective)
         if turn.inputs is None:
             return {}
+        if not loss.requires_grad:
+            _check_gradient(model, turn.inputs, objective)
         first_run = False
         missing = [name for name in layers if name not in outputs]
         gradients: Sequence[Tensor | None] = [None] * len(outputs)
@@ -168,6 +171,26 @@ def _gradients(
     return {
         name: (outputs[name], gradient) for name, gradient in found.items() if gradient is not None
     }
+
+
+def _check_gradient(model: nn.Module, inputs: Inputs, objective: Objective) -> None:
+    """Raise ValueError if a callable loses the gradient of all, not of some layers alone."""
+    if not callable(objective.kind):
+        return
+    args = tuple(map(_with_gradient, inputs.args))
+    images = Inputs(args, {name: _with_gradient(v) for name, v in inputs.kwargs.items()})
+    if any(tensor.requires_grad for tensor in images.tensors()) and not (
+        objective(model, images).requires_grad
+    ):
+        raise ValueError(
+            "the objective does not depend on any Linear's or convolution's input; check that the "
+            "objective reads the model's output with its gradient"
+        )
+
+
+def _with_gradient(value: Any) -> Any:
+    differs = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().clone().requires_grad_() if differs else value
 
 
 def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:

@@ -53,6 +53,13 @@ class PruningPlan:
     dense_entropy: float | None = None
     sites: dict[str, Site] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, Mapping):
+            raise TypeError(
+                "a plan keeps a dict of module paths and lists of whole numbers, found a "
+                f"{type(self.keep).__name__}"
+            )
+
     @property
     def widths(self) -> dict[str, int]:
         """Module path of each `down` -> number of channels or heads that stay."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tp_amp.plan.cutting import least_reason, site_group
 from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.arguments import check_importance, check_number, check_widths
+from tp_amp.running.checks import check_heads
 from tp_amp.structure.model_structure import ModelStructure, Site
 
 
@@ -52,6 +53,7 @@ def plan_from_importance(
         fraction = "a fraction above 0, 1 at most, or a dict of widths"
         check_number(fraction, lambda value: 0 < value <= 1, widths=widths)
     structure = ModelStructure(model, example_inputs, num_heads=num_heads)
+    check_heads(model, num_heads)
     sites = structure.sites(widths if isinstance(widths, dict) else ())
     if not sites:
         raise ValueError(f"no MLP was found in {type(model).__name__}")
@@ -69,8 +71,7 @@ def plan_from_importance(
         name: sorted(rank_channels(importance, structure.graph, sites[name])[:width])
         for name, width in widths.items()
     }
-    kept_sites = {name: sites[name] for name in keep}
-    return PruningPlan(keep, {name: dense[name] for name in keep}, sites=kept_sites)
+    return PruningPlan(keep, {n: dense[n] for n in keep}, sites={n: sites[n] for n in keep})
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from tp_amp.rotation.head_bases import Basis, query_key_basis, value_output_basi
 from tp_amp.rotation.second_moments import SecondMoments
 from tp_amp.rotation.telling import LeadingErrors, check_rotated, leading_widths
 from tp_amp.running.arguments import check_whole, is_number
-from tp_amp.running.checks import check_model
+from tp_amp.running.checks import check_heads, check_model
 from tp_amp.structure.attention.finding import listed
 from tp_amp.structure.model_structure import ModelStructure
 from tp_amp.structure.ranks.head_ranks import HeadRanks, Pair, mix
@@ -90,6 +90,7 @@ def rotate_heads(
         True
     """
     check_model(model, values=True)
+    check_heads(model, num_heads)
     structure = ModelStructure(model, example_inputs, forward_fn, num_heads=num_heads)
     sites, reasons = structure.ranks
     if not sites:

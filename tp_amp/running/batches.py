@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -53,6 +54,16 @@ def check_batches(batches: Any, *, repeatable: bool = False) -> None:
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"expected an iterable of batches, found {type(batches).__name__}")
+    if isinstance(batches, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"expected an iterable of batches, found {batches!r}; pass a DataLoader or a list of "
+            "batches that were read from there"
+        )
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"expected an iterable of batches, found one dict with the keys {list(batches)}; pass "
+            "[batch], or one of its values where these are loaders"
+        )
     if repeatable and isinstance(batches, Iterator):
         raise TypeError(
             f"the batches are read many times, found a one-shot {type(batches).__name__}; "

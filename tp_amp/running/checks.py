@@ -68,6 +68,43 @@ def check_values(model: nn.Module) -> None:
             )
 
 
+def check_heads(model: nn.Module, num_heads: Any) -> None:
+    """Raise for numbers of heads that no attention of a model can have.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: a key is no module of the model, or a number is not positive or divides the
+            channels of none of the module's Linears.
+    """
+    if num_heads is None:
+        return
+    if not isinstance(num_heads, Mapping):
+        raise TypeError(
+            "num_heads must be a dict from modules to their numbers of heads, found a "
+            f"{type(num_heads).__name__}"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    for module, count in num_heads.items():
+        if module not in names:
+            kind = type(module).__name__
+            told = f"the text {module!r}" if isinstance(module, str) else f"a {kind}"
+            raise ValueError(
+                f"num_heads names {told} that is no module of this {type(model).__name__}; take "
+                "the modules off the model that is passed"
+            )
+        if type(count) is not int or count < 1:
+            raise ValueError(
+                f"num_heads[{names[module]}] must be a positive integer, found {count!r}"
+            )
+        layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        channels = {n for layer in layers for n in (layer.in_features, layer.out_features)}
+        if channels and all(width % count for width in channels):
+            raise ValueError(
+                f"num_heads[{names[module]}] is {count}, which divides none of the channels "
+                f"{sorted(channels)} of its Linears"
+            )
+
+
 def remade(module: nn.Module) -> str | None:
     """Why a layer's weights can't be cut: something makes them anew from others at each call."""
     if parametrize.is_parametrized(module):

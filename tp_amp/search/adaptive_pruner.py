@@ -28,7 +28,7 @@ from tp_amp.plan.pruning_plan import PruningPlan
 from tp_amp.running.arguments import check_flags, check_importance, check_whole
 from tp_amp.running.batches import check_batches, stream
 from tp_amp.running.checkpoint import Checkpoint, describe, first_digest, model_digest
-from tp_amp.running.checks import check_model
+from tp_amp.running.checks import check_heads, check_model
 from tp_amp.running.distributed import check_same_weights, together
 from tp_amp.running.inputs import example
 from tp_amp.running.runtimes.building import EAGER
@@ -221,6 +221,7 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         else:
             self.objective = Objective("auto" if objective is None else objective)
         check_model(model, values=True)
+        check_heads(model, num_heads)
         ignored = matched(model, ignored_layers, "ignored_layers")
         own_pruners = dict(customized_pruners or {})
 
@@ -284,6 +285,8 @@ class AdaptiveMLPPruner(tp.pruner.MetaPruner):  # type: ignore[misc]
         self.cache_bytes, self.error_probability = cache_bytes, error_probability
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self._pruned = False
+        if self.budget:
+            self.budget.check(self._tried.smallest(self._sites))
 
     @property
     def _tried(self) -> TriedWidths:
