@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +150,23 @@ def test_weights_are_asked_for_once_for_each_batch() -> None:
 
     compensated(toy(), KEEP, images(40).split(15), token_weights=weights, every_linear=True)
     assert asked == [15, 15, 10]
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (None, TypeError, "token_weights returned a NoneType; it must return a tensor"),
+        ([1.0] * 32, TypeError, "token_weights returned a list"),
+        (-torch.ones(8, 4), ValueError, "returned negative weights or such that are not finite"),
+        (torch.full((8, 4), torch.nan), ValueError, "negative weights or such that are not finite"),
+        (torch.full((8, 4), torch.inf), ValueError, "negative weights or such that are not finite"),
+    ],
+)
+def test_weights_of_tokens_are_a_tensor_of_finite_ones(
+    found: Any, error: type[Exception], message: str
+) -> None:
+    model, plan = toy(), tp_amp.PruningPlan({"blocks.0.mlp.second": [0, 1, 2]})
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        tp_amp.compensate(model, plan, [images(8)], token_weights=lambda _: found, progress=False)
+    assert fingerprint(model) == before

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from tp_amp.algebra.closed_form import METHODS, RIDGE, Correction, Method
@@ -158,10 +159,26 @@ def tell_unrefined(names: Sequence[str], refined: int) -> None:
 
 
 def given_weights(recipe: Recipe, batch: Inputs) -> Tensor | None:
-    """The weight of each token of a batch, in one row, where the caller gives them."""
+    """The weight of each token of a batch, in one row, where the caller gives them.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: one is negative or not finite.
+    """
     if not callable(recipe.token_weights):
         return None
-    return recipe.token_weights(batch.kwargs or batch.args[0]).flatten()
+    found: Any = recipe.token_weights(batch.kwargs or batch.args[0])
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "token_weights returned a "
+            f"{type(found).__name__}; it must return a tensor with the weight of each token"
+        )
+    if not bool((torch.isfinite(found) & (found >= 0)).all()):
+        raise ValueError(
+            "token_weights returned negative weights or such that are not finite; give zero to "
+            "tokens that do not count"
+        )
+    return found.flatten()
 
 
 def token_weights(
