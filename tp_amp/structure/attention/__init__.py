@@ -17,7 +17,6 @@ __all__ = [
     "finding",
     "fitting_reshapes",
     "head_forward",
-    "head_tensors",
     "heads",
     "multihead_forward",
     "rank_linear",

@@ -57,7 +57,7 @@ def noisy_copy(owner: nn.Module) -> nn.Module:
         for name in HOOKS:
             vars(module)[name].clear()
     for parameter in filter(Tensor.is_floating_point, model.parameters()):
-        spread = 0.3 * float(parameter.std()) if parameter.numel() > 1 else 0.0
+        spread = 0.3 * float(parameter.detach().std()) if parameter.numel() > 1 else 0.0
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.double)
         parameter.data += (spread + 0.05) * noise.to(parameter.device)
         parameter.requires_grad_(True)
