@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch_pruning as tp
@@ -100,12 +101,38 @@ def channels_of(module: nn.Module) -> int:
     return sizes.pop() if one and len(sizes) == 1 else 0
 
 
-def per_channel_pruners(model: nn.Module) -> dict[type[nn.Module], PerChannelPruner]:
-    """One pruner for each class of per-channel module that Torch-Pruning does not know."""
+@dataclass(frozen=True, eq=False)
+class ExactClass:
+    """A class that Torch-Pruning finds as itself in a dict, and whose subclasses are none of it.
+
+    It looks up a module's pruner by the exact class, but by `isinstance` what not to look into: a
+    block that inherits from its scale would lose all of its layers.
+    """
+
+    itself: type[nn.Module]
+
+    def __hash__(self) -> int:
+        return hash(self.itself)
+
+    def __eq__(self, other: object) -> bool:
+        return self.itself is (other.itself if isinstance(other, ExactClass) else other)
+
+    def __instancecheck__(self, module: object) -> bool:
+        return type(module) is self.itself
+
+
+def per_channel_pruners(model: nn.Module) -> dict[ExactClass, PerChannelPruner]:
+    """One pruner for each class of per-channel module that Torch-Pruning does not know.
+
+    Modules that hold parameters alone (of `torch.fx` graphs, say) are never called, so that no
+    graph has them; Torch-Pruning sees their parameters.
+    """
     found = {}
     for module in model.modules():
-        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and channels_of(module) > 1:
-            found[type(module)] = PerChannelPruner()
+        elementwise = ops.module2type(module) == ops.OPTYPE.ELEMENTWISE
+        called = getattr(module.forward, "__func__", None) is not nn.Module.forward
+        if elementwise and called and channels_of(module) > 1:
+            found[ExactClass(type(module))] = PerChannelPruner()
     return found
 
 
