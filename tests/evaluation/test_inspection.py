@@ -1,6 +1,7 @@
 """The preflight against counts by hand and by another library."""
 
 import logging
+from typing import Any
 
 import pytest
 import timm
@@ -125,3 +126,29 @@ def test_layers_called_through_functions_are_named() -> None:
 def test_model_that_fails_raises() -> None:
     with pytest.raises(ValueError, match="the model failed on inputs of shape"):
         tp_amp.inspect(toy(), torch.randn(1, 2, 3))
+
+
+class Gives(nn.Module):
+    """A toy whose output is made into something else."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.body, self.make = toy(), make
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.make(self.body(x))
+
+
+def test_an_output_that_tracing_can_not_read_is_told() -> None:
+    reasons = {
+        iter: "the model gives a tuple_iterator, in which no tensors are found; let it give",
+        torch.Tensor.argmax: "the model gives int64 values alone, which have no gradients; let it",
+    }
+    for make, reason in reasons.items():
+        given: Any = (lambda y: iter((y,))) if make is iter else make
+        found = tp_amp.inspect(Gives(given), images(1))
+        assert found.mlps == []
+        assert len(found.kept_layers) == 13
+        assert all(told.startswith(reason) for told in found.kept_layers.values())
+    detached = tp_amp.inspect(Gives(torch.Tensor.detach), images(1))
+    assert "does not depend on it" in detached.kept_layers["body.head"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from toys import fingerprint, images, toy
 
 from tp_amp.running.inputs import Inputs
-from tp_amp.running.watching import called_with, calls_in_order, first_tensor, watch
+from tp_amp.running.watching import all_tensors, called_with, calls_in_order, first_tensor, watch
 
 NAME = "blocks.0.mlp.second"
 
@@ -120,3 +125,53 @@ def test_the_state_is_the_first_tensor() -> None:
     assert first_tensor([x]) is x
     assert first_tensor({"x": x}) is None
     assert first_tensor(()) is None
+
+
+@dataclass
+class Depth:
+    """Two maps."""
+
+    depth: Tensor
+    further: Any = None
+
+
+class Slotted:
+    """Attributes without a dict, one of them under a name of its own, one never set."""
+
+    __slots__ = ("__own", "first", "unset")
+
+    def __init__(self, first: Any, own: Tensor) -> None:
+        self.first, self.__own = first, own
+
+
+class Narrower(Slotted):
+    """A dict beside the slots."""
+
+    def __init__(self, first: Any, own: Tensor, more: Tensor) -> None:
+        super().__init__(first, own)
+        self.more = more
+
+
+def test_tensors_are_read_out_of_containers_and_objects() -> None:
+    a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
+
+    def found(value: Any) -> list[int]:
+        return [len(tensor) for tensor in all_tensors(value)]
+
+    assert found(a) == [1]
+    assert found([a, None, (b, 3), {"x": c, "y": "text"}]) == [1, 2, 3]
+    assert found(OrderedDict(one=b, two=[b])) == [2, 2]
+    assert found(Depth(a, further={"all": [Depth(b), c]})) == [1, 2, 3]
+    assert found({"deep": [SimpleNamespace(logits=c, name="x")]}) == [3]
+    assert sorted(found(Slotted(Depth(a), b))) == [1, 2]
+    assert sorted(found(Narrower(a, b, c))) == [1, 2, 3]
+    assert found(torch.distributions.Normal(b, b, validate_args=False)) == [2, 2]
+
+
+def test_what_is_no_output_is_not_looked_into() -> None:
+    layer = nn.Linear(2, 2)
+    holder = SimpleNamespace(model=layer, kind=Depth, library=torch, call=layer.forward)
+    assert all_tensors([layer, nn.Linear, torch, layer.forward, holder, 1, "text"]) == []
+    circle = SimpleNamespace(value=torch.ones(2))
+    circle.itself = [circle]
+    assert len(all_tensors(circle)) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,3 +179,27 @@ def test_a_convnext_as_an_fx_graph_is_pruned_as_it_is() -> None:
     sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
     model = timm.create_model("convnext_atto", features_only=True, feature_cls="fx", **sizes)
     check_cut_as_masked(model, torch.randn(1, 3, 64, 64), 4)
+
+
+@dataclass
+class Given:
+    """What a model gives."""
+
+    features: Tensor
+    parts: list[Any]
+
+
+class GivesObjects(nn.Module):
+    """A toy whose output is a dataclass with an object in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = toy()
+
+    def forward(self, x: Tensor) -> Given:
+        y = self.body(x)
+        return Given(y, [SimpleNamespace(doubled=2 * y)])
+
+
+def test_outputs_in_objects_are_traced() -> None:
+    check_cut_as_masked(GivesObjects(), images(2), 2)

@@ -180,7 +180,8 @@ def _unread(module: nn.Module, structure: ModelStructure) -> str:
         return "it is not called as a module on the example inputs"
     if not structure.traced.with_values()[module].output.requires_grad:
         return "the model calls it without gradients (torch.no_grad, detach), which tracing needs"
-    return "what the model gives on the example inputs does not depend on it"
+    told = structure.unread_output
+    return told or "what the model gives on the example inputs does not depend on it"
 
 
 def _experts(module: nn.Module) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,12 +132,39 @@ def tokens_of(layer: nn.Module, values: Tensor) -> Tensor:
 
 
 def all_tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested arguments or outputs."""
+    """All tensors in nested arguments or outputs: containers, dataclasses and other objects."""
+    return list(_tensors_in(value, set()))
+
+
+def _tensors_in(value: Any, opened: set[int]) -> Iterator[Tensor]:
+    """The tensors; each object is opened once, since objects may know each other."""
     if isinstance(value, Tensor):
-        return [value]
+        yield value
+        return
     if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in all_tensors(v)] if isinstance(value, (list, tuple)) else []
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    else:
+        parts = [] if id(value) in opened else _attributes(value)
+        opened.add(id(value))
+    for part in parts:
+        yield from _tensors_in(part, opened)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object holds; the tensors of models and classes are no outputs."""
+    if isinstance(value, (nn.Module, type, ModuleType)):
+        return []
+    slots = [
+        name
+        for kind in type(value).__mro__
+        if "__slots__" in vars(kind)
+        for name, entry in vars(kind).items()
+        if isinstance(entry, MemberDescriptorType)
+    ]
+    held = [getattr(value, name) for name in slots if hasattr(value, name)]
+    return [*held, *getattr(value, "__dict__", {}).values()]
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tp_amp.running.checks import check_model
 from tp_amp.running.inputs import Inputs, example
+from tp_amp.running.watching import all_tensors
 from tp_amp.structure.attention.finding import listed, read_attentions
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.chain import Step, find_chain
@@ -76,6 +77,25 @@ class ModelStructure:
         """How often a layer is called in a forward pass on the example inputs."""
         call = self.traced.calls.get(self.model.get_submodule(name))
         return 0 if call is None else sum(1 for _ in call.each())
+
+    @cached_property
+    def unread_output(self) -> str | None:
+        """Why nothing can be traced back from what the model gives, if so by its type."""
+        with self.traced.again() as run:
+            output = run()
+        tensors = all_tensors(output)
+        if not tensors:
+            return (
+                f"the model gives a {type(output).__name__}, in which no tensors are found; let it "
+                "give tensors, or a dict or dataclass of them"
+            )
+        if any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
+            return None
+        kinds = " and ".join({str(tensor.dtype).removeprefix("torch."): 0 for tensor in tensors})
+        return (
+            f"the model gives {kinds} values alone, which have no gradients; let it give what they "
+            "are made of"
+        )
 
     @cached_property
     def graph(self) -> Any:
