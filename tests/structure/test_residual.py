@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -80,3 +83,62 @@ def test_parallel_blocks_are_blocks() -> None:
     name = "vit_pwee_patch16_reg1_gap_256"
     model = timm.create_model(name, depth=1, img_size=32, embed_dim=16, num_heads=2)
     assert outside(model, torch.randn(1, 3, 32, 32)) == []
+
+
+class Tokens(nn.Module):
+    """Blocks whose last sum is the output, or one of them."""
+
+    def __init__(self, *, states: bool) -> None:
+        super().__init__()
+        self.body, self.states = toy(classes=0), states
+
+    def forward(self, x: Tensor) -> Any:
+        states = [self.body.embed(x).flatten(2).transpose(1, 2)]
+        for block in self.body.blocks:
+            states.append(block(states[-1]))
+        return states if self.states else states[-1]
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_a_sum_that_is_given_out_is_a_residual(states: bool) -> None:
+    model = Tokens(states=states)
+    assert len(tp_amp.find_mlps(model, images(1))) == 2
+    assert outside(model, images(1)) == []
+
+
+def test_maps_and_tokens_that_are_given_out() -> None:
+    torch.manual_seed(0)
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    maps = timm.create_model("convnext_atto", features_only=True, **sizes)
+    assert outside(maps, torch.randn(1, 3, 64, 64)) == []
+    sizes = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2, "init_values": 0.1}
+    tokens = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, global_pool="", final_norm=False, **sizes
+    )
+    assert outside(tokens, torch.randn(1, 3, 32, 32)) == []
+
+
+class Residual(nn.Module):
+    """Adds what a module gives to what it reads, or takes what it gives."""
+
+    def __init__(self, inner: nn.Module, *, add: bool = True) -> None:
+        super().__init__()
+        self.norm, self.inner, self.add = nn.LayerNorm(8), inner, add
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(self.norm(x))
+        return x + y if self.add else y
+
+
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.Linear(8, 3)])
+def test_three_layers_in_a_residual_are_two_mlps_of_a_block(behind: nn.Module) -> None:
+    layers = [nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 12), nn.GELU(), nn.Linear(12, 8)]
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 8), Residual(nn.Sequential(*layers)), behind)
+    assert len(tp_amp.find_mlps(block, torch.randn(2, 4, 8))) == 2
+    assert outside(block, torch.randn(2, 4, 8)) == []
+    head = Residual(nn.Sequential(*copy.deepcopy(layers)), add=False)
+    alone = nn.Sequential(nn.Linear(8, 8), head, behind)
+    found = [mlp.down for mlp in tp_amp.find_mlps(alone, torch.randn(2, 4, 8))]
+    assert {"1.inner.2", "1.inner.4"} <= set(found)
+    assert outside(alone, torch.randn(2, 4, 8)) == found

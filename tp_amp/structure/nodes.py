@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,12 @@ def producers(node: Any) -> list[nn.Module]:
     return [producer.module for producer in feeding(node) if not is_operation(producer)]
 
 
-def feeding(node: Any) -> list[Any]:
+def passes_on(node: Any) -> bool:
+    """Whether a node is an operation, or one whose result the model gives out as well."""
+    return is_operation(node) or bool(node.type == ops.OPTYPE.OUTPUT)
+
+
+def feeding(node: Any, through: Callable[[Any], bool] = is_operation) -> list[Any]:
     """What comes before a node, up to and with the nearest modules."""
     found: list[Any] = []
     stack = list(node.inputs)
@@ -37,17 +43,17 @@ def feeding(node: Any) -> list[Any]:
         producer = stack.pop()
         if producer not in found:
             found.append(producer)
-            stack += producer.inputs if is_operation(producer) else []
+            stack += producer.inputs if through(producer) else []
     return found
 
 
-def after(node: Any) -> list[Any]:
+def after(node: Any, through: Callable[[Any], bool] = is_operation) -> list[Any]:
     """What a layer's output goes through, channel by channel, before another layer reads it."""
     found: list[Any] = []
     stack = list(node.outputs)
     while stack:
         reader = stack.pop(0)
-        if reader not in found and (is_operation(reader) or keeps_channels(reader.module)):
+        if reader not in found and (through(reader) or keeps_channels(reader.module)):
             found.append(reader)
             stack += reader.outputs
     return found
