@@ -81,11 +81,30 @@ def group_layers(group: Any) -> Iterator[GroupLayer]:
         channels = _channels(module, side)
         if item.idxs and max(item.idxs) >= channels:
             raise ValueError(
-                f"the group has channel {max(item.idxs)} of {name}, which has {channels}; it was "
-                "made before a cut: make a new one"
+                f"the group of {root_name(group)} has channel {max(item.idxs)} of {name}, which "
+                f"has {channels}{_cause(group, item, channels)}"
             )
         roots = list(map(places.__getitem__, item.root_idxs))
         yield GroupLayer(name, module, side, list(item.idxs), roots)
+
+
+def _cause(group: Any, item: Any, channels: int) -> str:
+    """Why a group has a channel that a layer lacks: a new group tells, where it has it too."""
+    graph, root = group._DG, group[0].dep
+    side = _side(root.handler)
+    if side is not None and root.target.module in graph.module2node:
+        count = _channels(root.target.module, side)
+        there = [index for index in group[0].idxs if index < count]
+        again = graph.get_pruning_group(root.target.module, root.handler, there)
+        same = [one for one in again.items if one.dep.target is item.dep.target]
+        if any(index >= channels for one in same for index in one.idxs):
+            return (
+                ": Torch-Pruning maps the channels between these layers wrongly, as of gated MLPs "
+                "that are packed in one layer; cut it by tp_amp.AdaptiveMLPPruner or "
+                "tp_amp.plan_for_target, which have groups of their own, or put "
+                f"{root_name(group)} into ignored_layers"
+            )
+    return "; it was made before a cut: make a new one"
 
 
 def keeps_ties(group: Any) -> bool:
