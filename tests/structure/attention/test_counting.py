@@ -245,3 +245,40 @@ def test_only_sizes_that_do_not_fit_are_changed() -> None:
         assert torch.zeros(2).view(torch.int32).shape == (2,)
         with pytest.raises(RuntimeError, match="invalid"):
             torch.zeros(5, 7).view(5, 8)
+
+
+class Grouped(nn.Module):
+    """Query heads of four channels share keys and values, in three layers or packed in one."""
+
+    def __init__(self, heads: int, shared: int, *, packed: bool) -> None:
+        super().__init__()
+        self.num_heads, self.shared = heads, shared
+        widths = [4 * heads, 4 * shared, 4 * shared]
+        if packed:
+            self.qkv = nn.Linear(24, sum(widths))
+        else:
+            self.q, self.k, self.v = (nn.Linear(24, width) for width in widths)
+        self.proj, self.widths = nn.Linear(4 * heads, 24), widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "qkv"):
+            parts = self.qkv(x).split(self.widths, -1)
+        else:
+            parts = (self.q(x), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(self.num_heads // self.shared, 1) for part in (k, v))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 2), (4, 1), (6, 2), (6, 3)])
+def test_grouped_queries_are_told(heads: int, shared: int, packed: bool) -> None:
+    torch.manual_seed(0)
+    model, x = perturbed(Body(Grouped(heads, shared, packed=packed))), torch.randn(2, 5, 24)
+    for told in (None, {model.attn: heads}):
+        found = tp_amp.inspect(model, x, num_heads=told)
+        assert found.attentions == []
+        assert found.kept_attentions["attn"] == (
+            f"its {heads} query heads share {shared} heads of keys and values (grouped queries), "
+            "which are not cut"
+        )

@@ -90,3 +90,29 @@ class HeadCounts:
             if type(width) is int and width > 0 and channels % width == 0:
                 return channels // width
         return None
+
+
+def grouped_queries(module: nn.Module, up: tuple[str, ...], heads: int, values: int) -> str | None:
+    """Why heads can't be cut where several of the queries share one of the keys and values.
+
+    Args:
+        module: the attention.
+        up: the Linears that make q, k and v.
+        heads: of the queries.
+        values: how many channels v has, where it is not packed with q.
+    """
+    layers = [module.get_submodule(name) for name in up]
+    made = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    if len(up) > 1:
+        widths = [(queries, values) for queries in made[:-1]]
+    else:  # queries are as wide as what reads the heads
+        others = [m for m in module.modules() if isinstance(m, nn.Linear) and m not in layers]
+        widths = [(m.in_features, (made[0] - m.in_features) // 2) for m in others if made]
+    for queries, shared in widths:
+        block = queries // heads
+        if 0 < shared < queries and queries % heads == 0 and shared % block == 0:
+            return (
+                f"its {heads} query heads share {shared // block} heads of keys and values "
+                "(grouped queries), which are not cut"
+            )
+    return None

@@ -17,7 +17,7 @@ from tp_amp.running.restoring import evaluating, hooks
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.attention.adapting import FORWARDS, exposing, stand_in
 from tp_amp.structure.attention.checking import checked, zeroed_heads
-from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts
+from tp_amp.structure.attention.counting import COUNTS, NAMED, HeadCounts, grouped_queries
 from tp_amp.structure.attention.heads import Attention as Attention
 from tp_amp.structure.attention.heads import head_group
 from tp_amp.structure.attention.rank_linear import RankLinear
@@ -263,8 +263,10 @@ def _guesses(model: nn.Module, name: str, counts: HeadCounts) -> Iterator[tuple[
         )
     if heads == 1:
         raise CannotCut("it has one head")
+    grouped = grouped_queries(module, up, heads, channels)
     if channels % heads:
-        raise CannotCut(f"{channels} channels don't fall into {heads} heads of one width")
+        uneven = f"{channels} channels don't fall into {heads} heads of one width"
+        raise CannotCut(grouped or uneven)
     guess = Attention("", up, "", heads, channels // heads, forward=_forward(module))
     for owner in dict.fromkeys((name, name.rpartition(".")[0])):
         inside = name[len(owner) :].lstrip(".")
@@ -274,6 +276,8 @@ def _guesses(model: nn.Module, name: str, counts: HeadCounts) -> Iterator[tuple[
             yield owner, replace(guess, up=paths, down=down)
         if downs:
             return
+    if grouped:
+        raise CannotCut(grouped)
 
 
 def _forward(module: nn.Module) -> str:
