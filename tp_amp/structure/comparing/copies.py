@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_amp.running.inputs import Inputs
+from tp_amp.running.watching import all_tensors
 
 TOLERANCE = 1e-5
 # Where a module keeps its hooks, which the copy that is checked has none of.
@@ -92,10 +93,7 @@ def switched(model: nn.Module, fused: bool | None) -> nn.Module:
 
 def first_output(inputs: Inputs, model: nn.Module) -> Tensor:
     """The first tensor of the output; what follows are attention maps."""
-    output = model(*inputs.args, **inputs.kwargs)
-    while not isinstance(output, Tensor):
-        output = output[0] if isinstance(output, (tuple, list)) else next(iter(output.values()))
-    return output
+    return all_tensors(model(*inputs.args, **inputs.kwargs))[0]
 
 
 def distance(one: Tensor, other: Tensor) -> float:
