@@ -28,8 +28,9 @@ def test_each_input_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     importance = EntropyTaylorImportance("prediction", activation_checkpointing=True)
     importance.collect(model, [images(4)])
     assert len(told) == len(set(told)) == len(importance.scores)
-    # Twice to find the blocks, once forward and once again in the backward pass.
-    assert len(runs) == 4
+    # Twice to find the blocks, with values before that, once forward and once again in the backward
+    # pass.
+    assert len(runs) == 5
 
 
 def test_scores_of_layers_that_share_an_input_are_their_own() -> None:

@@ -437,14 +437,20 @@ def test_shared_batch_norms_load(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_torch_pruning_traces() -> None:
     """Torch-Pruning caught it with a bare except, called the model again and kept its hooks."""
-    model, x = toy(), images(2)
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    tp_amp.find_mlps(model, x)
+    x, calls = images(2), []
+
+    def counted() -> nn.Module:
+        model = toy()  # a new one, since the first call of all is made once
+        model.register_forward_pre_hook(lambda *_: calls.append(1))
+        return model
+
+    tp_amp.find_mlps(counted(), x)
     count = len(calls)
-    before = fingerprint(model)
+    assert count > 3
     for failing in range(1, count + 1):
         calls.clear()
+        model = counted()
+        before = fingerprint(model)
 
         def interrupt(*_: Any, failing: int = failing) -> None:
             if len(calls) == failing:

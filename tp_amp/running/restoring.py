@@ -131,12 +131,12 @@ def _call_once(model: nn.Module, inputs: Inputs, forward_fn: Callable[..., Any] 
     tensors = [*model.parameters(), *model.buffers(), *inputs.tensors()]
     if size in sizes or any(tensor.is_meta for tensor in tensors):
         return
-    sizes.add(size)
     try:
         with torch.no_grad(), eval_mode(model, trainable=False), given_back(model), seeded(0):
             inputs.call(runner(model, forward_fn))
     except Exception as error:  # told where the model is run for what it gives
         logger.debug("the model fails on the inputs: %s", error)
+    sizes.add(size)
 
 
 @contextmanager
