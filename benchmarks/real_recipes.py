@@ -245,7 +245,6 @@ CLOSED = "plan_for_target + affine, every Linear"
 RECOMMENDED = f"{CLOSED}, by sensitivity, refined"
 MLPS = f"{CLOSED}, by sensitivity"
 HEADS = f"{MLPS}, of mlp + qk + vo"
-STREAM = f"{HEADS} + stream"
 UNIFORM = "Reconstruction + affine, every Linear"
 RECIPES: dict[str, Recipe] = {
     RECOMMENDED: lambda d, kept: d.compensated(
@@ -283,7 +282,8 @@ RECIPES |= {
         refine=PASSES,
     ),
 }
-for _name in (RECOMMENDED, CLOSED, MLPS, HEADS, STREAM, "EntropyTaylor", "Magnitude L2"):
+# Of a narrower stream there are no tokens like the dense model's.
+for _name in (RECOMMENDED, CLOSED, MLPS, HEADS, "EntropyTaylor", "Magnitude L2"):
     _recalled = RECIPES[_name] = remembered(_name, RECIPES[_name])
     RECIPES[f"{_name}, distilled"] = lambda d, kept, r=_recalled: distilled(d, r(d, kept))
 RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(

@@ -181,9 +181,10 @@ def test_a_layer_that_stays_dense_leaves_nothing_to_the_next(
         assert pruner.plan.widths == pruner.plan.dense_widths
         runs[limit] = sum(RUNS)
     assert "the batches are others" not in caplog.text
-    # Two batches of the dense model, and of five probes of three layers. Else the first batch to
-    # check the chain, the dense model, what the blocks give, and what the first one gives inside.
-    assert runs == {0: 2 + 2 * 5 * 3, 2**30: 1 + 2 + 2 + 2}
+    # Two batches of the dense model, and of five probes of three layers. Else two images and the
+    # first batch to check the chain, the dense model, what the blocks give, and what the first one
+    # gives inside.
+    assert runs == {0: 2 + 2 * 5 * 3, 2**30: 2 + 2 + 2 + 2}
 
 
 class Rising:

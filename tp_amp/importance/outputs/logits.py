@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_amp.running.inputs import Inputs
+from tp_amp.running.inputs import Inputs, one_image
 from tp_amp.running.restoring import hooks
 
 
@@ -27,7 +27,7 @@ def ends_in_classifier(model: nn.Module, inputs: Inputs) -> bool:
         torch.no_grad(),
         hooks(m.register_forward_hook(lambda _m, _a, out: last.append(out)) for m in biased),
     ):
-        output = inputs.call(model)
+        output = one_image(inputs).call(model)
     if is_single(output):
         return False
     if isinstance(classes, int) or part_of(output, "logits") is not None:
