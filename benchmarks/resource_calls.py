@@ -102,6 +102,17 @@ def planning_for_target(case: Case) -> Callable[[], Any]:
     return lambda: tp_amp.plan_for_target(case.model, case.example, importance, TARGET)
 
 
+def going_the_whole_way(case: Case) -> Callable[[], Any]:
+    """The recommended recipe in closed form, with all that has to be collected."""
+
+    def prune() -> None:
+        importance = tp_amp.ReconstructionImportance(data=case.batches)
+        plan = tp_amp.plan_for_target(case.model, case.example, importance, TARGET)
+        tp_amp.compensate(case.model, plan, case.batches, every_linear=True, **case.progress)
+
+    return prune
+
+
 def compensating(**options: Any) -> Prepare:
     def prepare(case: Case) -> Callable[[], Any]:
         plan = case.plan()
@@ -198,6 +209,7 @@ CALLS: dict[str, Prepare] = {
     "compensate": compensating(),
     "compensate, every_linear": compensating(every_linear=True),
     "compensate, every_linear, refine": compensating(every_linear=True, refine=REFINE),
+    "collect, plan_for_target and compensate, every_linear": going_the_whole_way,
     "rotate": turning("rotate"),
     "rotate_heads": turning("rotate_heads"),
     "plan_for_target, every width": planning_every_width,
