@@ -209,7 +209,7 @@ CALLS: dict[str, Prepare] = {
     "compensate": compensating(),
     "compensate, every_linear": compensating(every_linear=True),
     "compensate, every_linear, refine": compensating(every_linear=True, refine=REFINE),
-    "collect, plan_for_target and compensate, every_linear": going_the_whole_way,
+    "compensate, every_linear, and all before it": going_the_whole_way,
     "rotate": turning("rotate"),
     "rotate_heads": turning("rotate_heads"),
     "plan_for_target, every width": planning_every_width,
