@@ -246,6 +246,7 @@ RECOMMENDED = f"{CLOSED}, by sensitivity, refined"
 MLPS = f"{CLOSED}, by sensitivity"
 HEADS = f"{MLPS}, of mlp + qk + vo"
 UNIFORM = "Reconstruction + affine, every Linear"
+CORP = "CORP: magnitude + affine at once"
 RECIPES: dict[str, Recipe] = {
     RECOMMENDED: lambda d, kept: d.compensated(
         d.own_plan(kept), every_linear=True, token_weights="sensitivity", refine=PASSES
@@ -274,7 +275,7 @@ RECIPES |= {
         d, kept, "variance and norm", "mean"
     ),
     "GRAIL: magnitude + uncentred ridge": lambda d, kept: one_shot(d, kept, "magnitude", "GRAIL"),
-    "CORP: magnitude + affine at once": lambda d, kept: one_shot(d, kept, "magnitude", "affine"),
+    CORP: lambda d, kept: one_shot(d, kept, "magnitude", "affine"),
     f"{UNIFORM}, by sensitivity, refined": lambda d, kept: d.compensated(
         d.plan("Reconstruction", kept),
         every_linear=True,
@@ -283,7 +284,7 @@ RECIPES |= {
     ),
 }
 # Of a narrower stream there are no tokens like the dense model's.
-for _name in (RECOMMENDED, CLOSED, MLPS, HEADS, "EntropyTaylor", "Magnitude L2"):
+for _name in (RECOMMENDED, CLOSED, MLPS, HEADS, CORP, "EntropyTaylor", "Magnitude L2"):
     _recalled = RECIPES[_name] = remembered(_name, RECIPES[_name])
     RECIPES[f"{_name}, distilled"] = lambda d, kept, r=_recalled: distilled(d, r(d, kept))
 RECIPES[f"{CLOSED} ({FEW} photographs), distilled"] = lambda d, kept: distilled(

@@ -7,7 +7,7 @@ from statistics import mean, mode, variance
 from typing import Any
 
 from matplotlib.figure import Figure
-from real_recipes import CLOSED, FEW, HEADS, IMPORTANCES, RECOMMENDED, UNIFORM
+from real_recipes import CLOSED, CORP, FEW, HEADS, IMPORTANCES, RECOMMENDED, UNIFORM
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#56B4E9", "#777777", "#7F6000", "#BBBBBB")
@@ -22,12 +22,16 @@ CURVES = {
     CLOSED: ("#B22222", "*", "-"),
     f"{UNIFORM}, by sensitivity, refined": ("#B22222", "*", "--"),
     UNIFORM: ("#D55E00", "o", "--"),
-    "CORP: magnitude + affine at once": ("#CC79A7", "D", ":"),
+    CORP: ("#CC79A7", "D", ":"),
     "GRAIL: magnitude + uncentred ridge": ("#CC79A7", "P", ":"),
     "FLAP: variance and norm + mean": ("#000000", ">", ":"),
     "VBP: variance + mean": ("#000000", "<", ":"),
 }
-for _name, _colour in (("EntropyTaylor", "#0072B2"), ("Magnitude L2", "#56B4E9")):
+for _name, _colour in (
+    (CORP, "#CC79A7"),
+    ("EntropyTaylor", "#0072B2"),
+    ("Magnitude L2", "#56B4E9"),
+):
     CURVES[f"{_name}, distilled"] = (_colour, "^", "--")
 for _name, _colour in zip(IMPORTANCES, COLOURS, strict=True):
     CURVES[f"{_name} + affine"] = (_colour, "s", "-")

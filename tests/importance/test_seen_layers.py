@@ -12,7 +12,13 @@ from toys import images, toy
 import tp_amp
 from tp_amp.importance import seen_layers as layers_module
 from tp_amp.importance.objectives import Objective
-from tp_amp.importance.seen_layers import SeenLayer, in_turns, seen_layers
+from tp_amp.importance.seen_layers import (
+    SeenLayer,
+    cost_bytes,
+    in_turns,
+    moment_bytes,
+    seen_layers,
+)
 
 DOWN = ["blocks.0.mlp.second", "blocks.1.mlp.second"]
 
@@ -29,12 +35,29 @@ def test_layers_beyond_the_memory_are_collected_in_turns(monkeypatch: pytest.Mon
         tp_amp.ReconstructionImportance(None).collect(model, iter([batch]), progress=False)
 
 
-def test_turns_count_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer that widens, what its outputs cost takes the memory."""
+def test_turns_hold_no_more_than_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one part are held together: both halves of what they read, or what errors cost."""
     model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4), nn.Linear(4, 4))
     monkeypatch.setattr(layers_module, "_BYTES", 2 * 8 * (16**2 + 4**2))
-    assert in_turns(model, ["0", "2", "1"]) == [["0", "2"], ["1"]]
-    assert in_turns(model, ["2"], {"1": slice(2)}) == [["2", "1"]]
+    assert in_turns(moment_bytes(model, ["0", "1", "2"])) == [["0", "1"], ["2"]]
+    monkeypatch.setattr(layers_module, "_BYTES", 8 * (16**2 + 4**2))
+    assert in_turns(cost_bytes(model, ["0", "2", "1"], {})) == [["0", "2"], ["1"]]
+    assert in_turns(cost_bytes(model, ["2"], {"1": slice(2), "2": slice(2)})) == [["2", "1"]]
+    monkeypatch.setattr(layers_module, "_BYTES", 8 * 2 * 4**2 - 1)
+    assert in_turns(cost_bytes(model, ["2"], {"1": slice(2), "2": slice(2)})) == [["2"], ["1"]]
+
+
+def test_backward_passes_are_not_repeated_for_what_layers_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Widths make what layers read large, while what errors cost is as small as the outputs."""
+    model, passes = toy(), []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(layers_module, "_BYTES", 2 * 8 * 20**2)
+    objective: Any = Objective("prediction")
+    names = [name for name, _ in seen_layers(model, DOWN, [images(6)] * 3, objective)]
+    assert names == DOWN
+    assert (passes.count(True), passes.count(False)) == (3, 6)
 
 
 def test_a_squared_error_counts_what_it_costs() -> None:

@@ -16,7 +16,7 @@ from tp_amp.importance.error_objective import ErrorObjective, error_objective, r
 from tp_amp.importance.hidden_moments import narrowing_layers
 from tp_amp.importance.other_widths.attention_errors import Foreseen
 from tp_amp.importance.other_widths.other_errors import Gathering, OtherErrors
-from tp_amp.importance.seen_layers import SeenLayer, in_turns, seen_layers
+from tp_amp.importance.seen_layers import SeenLayer, in_turns, moment_bytes, seen_layers
 from tp_amp.running.arguments import check_flags, check_names
 from tp_amp.running.batches import check_batches
 from tp_amp.running.checks import check_model
@@ -103,7 +103,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         Args:
             model: left as it was.
             batches: as for `EntropyTaylorImportance.collect`; read once, or several times where
-                the covariances of all layers would take more than a gigabyte.
+                the covariances of all layers would take more than two gigabytes.
             layers: module paths of Linears or 1x1 convolutions; by default all Linears that have
                 more inputs than outputs, which the `down` layers of MLPs are.
             progress: show a progress bar on a terminal.
@@ -123,7 +123,7 @@ class ReconstructionImportance(tp.importance.Importance):  # type: ignore[misc]
         wrong = [n for n in layers if not _is_projection(named.get(n))]
         if wrong:
             raise ValueError(f"{wrong} are no Linears or 1x1 convolutions of the model")
-        several = len(in_turns(model, layers)) > 1 or self.objective is not None
+        several = len(in_turns(moment_bytes(model, layers))) > 1 or self.objective is not None
         check_batches(batches, repeatable=several)
         self._collect(model, layers, batches, Gathering([]), optional, progress)
         return self

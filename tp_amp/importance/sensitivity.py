@@ -85,8 +85,8 @@ def sensitivity(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: the objective does not depend on a layer, a gradient is not finite, or the model
-            has no blocks one after another for `activation_checkpointing`.
+        ValueError: a layer is not called, the objective does not depend on it, a gradient is not
+            finite, or the model has no blocks one after another for `activation_checkpointing`.
     """
     layers = list(dict.fromkeys([*outputs, *places, *products]))
     optional = set(layers) - ({*outputs, *products} - {*optional})
@@ -155,13 +155,14 @@ def _gradients(
         if not loss.requires_grad:
             _check_gradient(model, turn.inputs, objective)
         first_run = False
-        missing = [name for name in layers if name not in outputs]
+        uncalled = [name for name in layers if name not in outputs and name not in optional]
+        if uncalled:
+            raise ValueError(f"{uncalled} were not called on a batch; leave them out of the layers")
         gradients: Sequence[Tensor | None] = [None] * len(outputs)
         if loss.requires_grad:  # else it depends on none of them
             gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     found = dict(zip(outputs, gradients, strict=True))
-    missing += [name for name, gradient in found.items() if gradient is None]
-    missing = [name for name in missing if name not in optional]
+    missing = [n for n, gradient in found.items() if gradient is None and n not in optional]
     if missing:
         raise ValueError(
             f"the objective does not depend on {missing}, as a classifier's does not on heads for "
