@@ -35,6 +35,13 @@ def test_it_is_the_formula_in_any_batches(samples: int) -> None:
         assert torch.allclose(found.shrunk(), expected, rtol=1e-10)
 
 
+def test_samples_may_have_more_rows_than_channels() -> None:
+    rows, _ = drawn(40)
+    found = SampleMoments().add(rows, 4).shrunk()
+    expected = by_definition([part.T @ part for part in rows.chunk(4)])
+    assert torch.allclose(found, expected, rtol=1e-10)
+
+
 def test_it_lies_nearer_to_the_truth_than_the_mean() -> None:
     gained = []
     for seed in range(20):
