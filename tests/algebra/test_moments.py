@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from token_data import data, filled, normal, output_error
@@ -23,6 +25,14 @@ def assert_same(moments: Moments, x: Tensor, r: Tensor, rtol: float = 1e-11) -> 
     assert moments.count == len(x)
 
 
+def held_bytes(value: Any) -> int:
+    """Of all tensors in it."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    inside = value.values() if isinstance(value, dict) else value
+    return sum(map(held_bytes, inside)) if isinstance(value, (dict, tuple)) else 0
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 60])
 def test_streaming_moments_equal_the_covariance_of_all_tokens(batch: int) -> None:
     x, r = data()
@@ -38,6 +48,15 @@ def test_weights_are_repeated_tokens(batch: int) -> None:
     moments = filled(x, r, weights, batch)
     assert_same(moments, x.repeat_interleave(weights, 0), r.repeat_interleave(weights, 0))
     assert moments.tokens == 45
+
+
+def test_only_the_sums_are_held() -> None:
+    """Of a wide layer one matrix, for as many batches as there are."""
+    x, r = torch.randn(40, 200), torch.randn(40, 50)
+    sizes = []
+    for batch in (40, 4):
+        sizes.append(held_bytes(vars(filled(x, r, batch=batch))))
+    assert sizes[0] == sizes[1] <= 8 * (200 * 200 + 200 * 50 + 2 * (200 + 50))
 
 
 def test_batch_without_weight_changes_nothing() -> None:

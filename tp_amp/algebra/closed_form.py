@@ -74,27 +74,29 @@ def correct(
     """
     if not moments.count:
         raise ValueError(f"{name} was given no tokens to fit on; check the token weights")
-    if not bool(torch.isfinite(moments.inputs).all() and torch.isfinite(moments.cross).all()):
+    inputs, cross = moments.inputs, moments.cross
+    if not bool(torch.isfinite(inputs).all() and torch.isfinite(cross).all()):
         raise ValueError(
             f"what {name} reads, or should give, is not finite; check the images for NaN"
         )
-    nothing = torch.zeros_like(moments.cross)
+    nothing = torch.zeros_like(cross)
     before = moments.squares
     if method == "none" or (method == "mean" and not bias):
         return Correction(nothing, None, before, before)
     mean_squares = float(moments.mean_residuals.square().sum())
     if method == "mean":
         return Correction(nothing, moments.mean_residuals, before, before - mean_squares)
-    spread = moments.inputs.diagonal()
-    varies = (spread > (_ROUNDING * moments.mean_inputs).square()).to(spread)
-    second = moments.inputs * torch.outer(varies, varies)
-    cross, left = moments.cross * varies, before - mean_squares
-    if not bias:
-        second = moments.inputs + torch.outer(moments.mean_inputs, moments.mean_inputs)
-        cross = moments.cross + torch.outer(moments.mean_residuals, moments.mean_inputs)
+    if bias:
+        spread = inputs.diagonal()
+        varies = (spread > (_ROUNDING * moments.mean_inputs).square()).to(spread)
+        inputs = inputs * varies * varies[:, None]
+        cross, left = cross * varies, before - mean_squares
+    else:
+        inputs = inputs + torch.outer(moments.mean_inputs, moments.mean_inputs)
+        cross = cross + torch.outer(moments.mean_residuals, moments.mean_inputs)
         left = before
-    solution, ridge = _solve(second, cross, ridge, name)
-    gained = 2 * (solution * cross).sum() - ((solution @ second) * solution).sum()
+    solution, ridge = _solve(inputs, cross, ridge, name)
+    gained = 2 * (solution * cross).sum() - ((solution @ inputs) * solution).sum()
     shift = moments.mean_residuals - solution @ moments.mean_inputs if bias else None
     return Correction(solution, shift, before, left - float(gained), ridge)
 
@@ -104,10 +106,11 @@ def _solve(second: Tensor, cross: Tensor, ridge: float, name: str) -> tuple[Tens
     diagonal = float(second.diagonal().mean()) if len(second) else 0.0
     if diagonal <= 0:  # the kept channels are constant, or none: nothing can be rebuilt from them
         return torch.zeros_like(cross), ridge
-    unit = torch.eye(len(second), dtype=second.dtype, device=second.device)
     used = ridge
     while True:
-        factor, failed = torch.linalg.cholesky_ex(second + used * diagonal * unit)
+        raised = second.clone()
+        raised.diagonal().add_(used * diagonal)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         if not int(failed):
             break
         used = max(10 * used, 1e-12)

@@ -20,17 +20,14 @@ class Moments:
     """Streaming moments of a cut layer's inputs x and of the residuals r that it leaves.
 
     r is what the layer should have given minus what it gives. All sums are in float64, so batches
-    may be of any size, and no activation is kept.
+    may be of any size, and no activation is kept. Only the sums are held, which take most of the
+    memory of a wide layer; what is read of them is divided anew each time.
 
     Args:
         name: module path of the layer, for errors.
 
     Attributes:
         count: number of tokens, or the sum of their weights.
-        mean_inputs: `(inputs,)`; `mean_residuals`: `(outputs,)`.
-        inputs: second moment of x around `mean_inputs`, `(inputs, inputs)`, divided by `count`.
-        cross: of r and x, `(outputs, inputs)`.
-        squares: mean of |r|^2.
 
     Example:
         >>> moments = Moments().add(torch.randn(50, 3), torch.randn(50, 2))
@@ -42,7 +39,33 @@ class Moments:
         self.name = name
         self.count = 0.0
         self.tokens = 0
-        self.squares = 0.0
+        self._means: tuple[Tensor, Tensor]
+        self._sums: tuple[Tensor, Tensor, float]
+
+    @property
+    def mean_inputs(self) -> Tensor:
+        """`(inputs,)`."""
+        return self._means[0]
+
+    @property
+    def mean_residuals(self) -> Tensor:
+        """`(outputs,)`."""
+        return self._means[1]
+
+    @property
+    def inputs(self) -> Tensor:
+        """Second moment of x around `mean_inputs`, `(inputs, inputs)`, divided by `count`."""
+        return self._sums[0] / self.count
+
+    @property
+    def cross(self) -> Tensor:
+        """The same of r and x, `(outputs, inputs)`."""
+        return self._sums[1] / self.count
+
+    @property
+    def squares(self) -> float:
+        """Mean of |r|^2."""
+        return self._sums[2] / self.count + float(self.mean_residuals.square().sum())
 
     def add(self, inputs: Tensor, residuals: Tensor, weights: Tensor | None = None) -> Moments:
         """Add tokens: `(tokens, inputs)`, `(tokens, outputs)` and maybe weights `(tokens,)`.
@@ -74,24 +97,21 @@ class Moments:
         count, tokens, means, batch = other
         self.tokens += tokens
         if not self.count:
-            self._means, self._sums, self.count = means, batch, count
-        else:
-            total = self.count + count
-            x, r = means[0] - self._means[0], means[1] - self._means[1]
-            share = self.count * count / total
-            self._sums = (
-                self._sums[0] + batch[0] + share * torch.outer(x, x),
-                self._sums[1] + batch[1] + share * torch.outer(r, x),
-                self._sums[2] + batch[2] + share * float(r @ r),
-            )
-            self._means = (
-                self._means[0] + x * (count / total),
-                self._means[1] + r * (count / total),
-            )
-            self.count = total
-        self.mean_inputs, self.mean_residuals = self._means
-        self.inputs, self.cross = (s / self.count for s in self._sums[:2])
-        self.squares = self._sums[2] / self.count + float(self.mean_residuals.square().sum())
+            self._means, self.count = means, count
+            self._sums = batch[0].clone(), batch[1].clone(), batch[2]
+            return self
+        total = self.count + count
+        x, r = means[0] - self._means[0], means[1] - self._means[1]
+        share = self.count * count / total
+        self._sums[0].add_(batch[0]).addr_(x, x, alpha=share)
+        self._sums[1].add_(batch[1]).addr_(r, x, alpha=share)
+        squares = self._sums[2] + batch[2] + share * float(r @ r)
+        self._sums = *self._sums[:2], squares
+        self._means = (
+            self._means[0] + x * (count / total),
+            self._means[1] + r * (count / total),
+        )
+        self.count = total
         return self
 
     def after_cut(self, weight: Tensor, keep: Sequence[int]) -> Moments:
@@ -101,20 +121,17 @@ class Moments:
             weight: of the dense layer, `(outputs, inputs)`.
             keep: indices of the inputs that stay.
         """
-        weight = weight.detach().to(self.inputs)
-        dropped = torch.ones(len(self.mean_inputs), dtype=torch.bool, device=weight.device)
+        products = self._sums[0]
+        weight = weight.detach().to(products)
+        dropped = torch.ones(len(products), dtype=torch.bool, device=weight.device)
         index = torch.as_tensor(keep, dtype=torch.long, device=weight.device)
         dropped[index] = False
-        lost = weight[:, dropped]
+        lost, rows = weight[:, dropped], products[dropped]
         cut = Moments(self.name)
         cut.count, cut.tokens = self.count, self.tokens
-        cut.mean_inputs, cut.inputs = self.mean_inputs[index], self.inputs[index][:, index]
-        cut.mean_residuals = lost @ self.mean_inputs[dropped]
-        cut.cross = lost @ self.inputs[dropped][:, index]
-        spread = ((lost @ self.inputs[dropped][:, dropped]) * lost).sum()
-        cut.squares = float(spread + cut.mean_residuals.square().sum())
-        cut._means = cut.mean_inputs, cut.mean_residuals
-        cut._sums = cut.inputs * cut.count, cut.cross * cut.count, float(spread) * cut.count
+        cut._means = self.mean_inputs[index], lost @ self.mean_inputs[dropped]
+        squares = float(((lost @ rows[:, dropped]) * lost).sum())
+        cut._sums = products[index][:, index], lost @ rows[:, index], squares
         return cut
 
 
