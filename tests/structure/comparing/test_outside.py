@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toys import fingerprint, relative
 
 import tp_amp
+from tp_amp.structure.comparing.outside import Trial, outside_differences
 
 HIDDEN, WIDTH, HEADS = 24, 8, 4
 Read = Callable[[Any], float]
@@ -165,3 +167,99 @@ def test_what_draws_or_rounds_hides_nothing_that_can_be_cut() -> None:
     )
     half = vit.to(torch.bfloat16)
     assert len(tp_amp.find_mlps(half, torch.randn(1, 3, 32, 32, dtype=torch.bfloat16))) == 2
+
+
+class WideBlock(nn.Module):
+    def __init__(self, width: int, hidden: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(width), act
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Wide(nn.Module):
+    """Sums so long that a cut changes how they are rounded; `give` makes the output."""
+
+    def __init__(
+        self,
+        give: Callable[[Tensor], Any] = torch.Tensor.clone,
+        act: Callable[[Tensor], Tensor] = torch.relu,
+        first: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+        scale: Callable[[nn.Module], float] = lambda _: 1.0,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 96)
+        self.blocks = nn.ModuleList(WideBlock(96, 384, act) for _ in range(2))
+        self.give, self.first, self.scale = give, first, scale
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.give(x * self.scale(self.blocks[0].up))
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:])
+
+
+NOTHING_BUT_ROUNDING: dict[str, Callable[[Tensor], Any]] = {
+    "a mean that is zero": lambda x: (x, _normalised(x).mean(-1)),
+    "a penalty that is zero": lambda x: {"x": x, "aux": (x.softmax(-1).sum(-1) - 1).square().sum()},
+    "an empty tensor": lambda x: (_normalised(x).mean(-1), x[:, :0]),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING_BUT_ROUNDING)
+def test_an_output_that_is_rounding_alone_is_no_reason(kind: str) -> None:
+    model = Wide(NOTHING_BUT_ROUNDING[kind])
+    assert len(tp_amp.find_mlps(model, images().repeat(4, 3, 1))) == 2
+
+
+def test_what_is_drawn_for_each_hidden_channel_is_no_reason() -> None:
+    """With fewer channels fewer numbers are drawn, and all later ones are others."""
+    model = Wide(act=lambda x: nn.functional.dropout(x, 0.1))  # drops in evaluation mode too
+    assert len(tp_amp.find_mlps(model, images())) == 2
+
+
+WIDTH_READ: dict[str, dict[str, Any]] = {
+    "beside rounding": {"give": NOTHING_BUT_ROUNDING["a mean that is zero"]},
+    "where the same is drawn": {"first": lambda x: x + 0.5 * torch.randn_like(x)},
+    "where some is infinite": {"give": lambda x: x.masked_fill(torch.eye(96)[0] > 0, -torch.inf)},
+    "where some is nan": {"give": lambda x: x.masked_fill(torch.eye(96)[0] > 0, torch.nan)},
+    "in complex numbers": {"give": lambda x: torch.fft.rfft(x, dim=1)},
+}
+
+
+@pytest.mark.parametrize("kind", WIDTH_READ)
+def test_a_width_that_is_read_is_seen(kind: str) -> None:
+    model = Wide(**WIDTH_READ[kind], scale=lambda up: len(up.bias) / 100)  # type: ignore[arg-type]
+    assert [mlp.down for mlp in tp_amp.find_mlps(model, images())] == ["blocks.1.down"]
+
+
+@pytest.mark.parametrize("inside", [torch.bfloat16, torch.float16])
+def test_half_precision_inside_is_no_reason(inside: torch.dtype) -> None:
+    """Both ways differ by the last bit of a weight, as sums in another order may."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(64, 64), nn.LayerNorm(64))]
+    model = nn.Sequential(*layers).to(inside)
+    x, first = torch.randn(8, 64, dtype=inside), model[0]
+    weight = first.weight.detach().clone()
+
+    def weighing(factor: float) -> Callable[[ExitStack], None]:
+        def change(_: ExitStack) -> None:
+            first._parameters["weight"] = nn.Parameter(weight * factor)
+
+        return change
+
+    def run() -> Tensor:
+        return model(x).float()
+
+    last = 1 + torch.finfo(inside).eps
+    rounded = {"rounded": Trial(weighing(1.05 * last), weighing(1.05))}
+    assert not outside_differences(model, run, rounded)
+    assert outside_differences(model, run, {"wrong": Trial(weighing(-1.0), weighing(1.05))})
+    assert torch.equal(first.weight, weight)

@@ -100,4 +100,6 @@ def distance(one: Tensor, other: Tensor) -> float:
     """The largest difference, relative to the largest value."""
     if one.shape != other.shape:
         return float("inf")
+    if not one.numel():
+        return 0.0
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
