@@ -7,6 +7,7 @@ import torch
 from mixing_models import Between, Packed
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toys import (
     GatedMLP,
     PlainMLP,
@@ -292,3 +293,31 @@ def test_layers_whose_output_is_changed_in_place_are_found(
     tp_amp.apply_plan(model, tp_amp.PruningPlan(keep), x)
     assert model.layers[1].weight.shape == (4, 3)
     assert relative(model(x), expected(x)) < 1e-5
+
+
+class Recomputing(nn.Module):
+    """A block that keeps no activations for the backward pass, whether it trains or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.drop = nn.Dropout(0.1)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        hidden = torch.special.entr(self.drop(self.up(self.norm(x))).abs() + 1)
+        return x + self.down(self.drop(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given: Tensor = checkpoint(self._inside, x, use_reentrant=False)
+        return given
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_activations_that_are_computed_again_are_so_as_when_they_were_traced(
+    training: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Recomputing(), Recomputing(), nn.Linear(8, 3))
+    found = tp_amp.find_mlps(model.train(training), torch.randn(2, 5, 4))
+    assert [mlp.down for mlp in found] == ["1.down", "2.down"]
+    assert all(module.training is training for module in model.modules())

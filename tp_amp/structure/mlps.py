@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from tp_amp.running.checks import remade
+from tp_amp.running.restoring import evaluating
 from tp_amp.running.ties import shared_parameters, told_apart
 from tp_amp.structure.fused import FusedParts, fused_parts
 from tp_amp.structure.graph import TracedGraph, build_graph
@@ -91,19 +92,21 @@ def read_mlps(
     found: dict[nn.Module, MLP] = {}
     adapters: dict[Any, nn.Module] = {}
     starts = [node for m, node in traced.graph.module2node.items() if is_projection(m)]
-    for node in starts:
-        try:
-            if not node.module.weight.numel():
-                raise NotAnMLP("no channel is left of it")
-            parts = _follow(node)
-            if layer := _adapted(parts):
-                adapters |= dict.fromkeys((*parts.ups, *parts.downs), layer)
-                raise NotAnMLP(f"it is part of a low-rank adapter of {names[layer]}")
-            if parts.down not in found:
-                found[parts.down] = _check(parts, traced, names)
-        except NotAnMLP as reason:
-            logger.debug("%s starts no MLP: %s", names.get(node.module), reason)
-            reasons[node.module] = str(reason)
+    # As it was traced, for models that compute their activations again for a gradient.
+    with evaluating(model, trainable=True):
+        for node in starts:
+            try:
+                if not node.module.weight.numel():
+                    raise NotAnMLP("no channel is left of it")
+                parts = _follow(node)
+                if layer := _adapted(parts):
+                    adapters |= dict.fromkeys((*parts.ups, *parts.downs), layer)
+                    raise NotAnMLP(f"it is part of a low-rank adapter of {names[layer]}")
+                if parts.down not in found:
+                    found[parts.down] = _check(parts, traced, names)
+            except NotAnMLP as reason:
+                logger.debug("%s starts no MLP: %s", names.get(node.module), reason)
+                reasons[node.module] = str(reason)
     _check_merged(traced, adapters, names)
     for fused in fused_parts(model):
         found[fused.down] = _check_fused(fused, traced, names)

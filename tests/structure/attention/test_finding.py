@@ -17,6 +17,7 @@ from attention_models import PerHead, small, snapshot
 from head_cuts import prune, random_keep, zeroed
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toys import perturbed, relative
 from zoo import TIMM, hugging_face_models, image, open_clip_models, torchvision_models
 from zoo_checks import run
@@ -184,3 +185,28 @@ def test_half_precision() -> None:
     [attention] = find_attentions(model, images)
     prune(build_graph(model, images).graph, [attention], {attention.down: [1]})
     assert model(images).dtype is torch.bfloat16
+
+
+class RecomputingAttention(nn.Module):
+    """Keeps no activations for the backward pass, and has a norm as wide as all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.norm = 4, nn.LayerNorm(16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT).softmax(-1)
+        return x + self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given: Tensor = checkpoint(self._inside, x, use_reentrant=False)
+        return given
+
+
+def test_an_attention_that_computes_its_activations_again_can_lose_heads() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), RecomputingAttention(), nn.Linear(16, 3))
+    assert [a.down for a in find_attentions(model, torch.randn(2, 5, 4))] == ["1.proj"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +26,8 @@ def with_tensors(model: nn.Module, inputs: Inputs, guess: Attention) -> Attentio
     model = copy.deepcopy(model)
     cut = _observable(model, guess)
     leaves, arguments = _leaves(model, guess), _arguments(inputs, cut)
-    hidden = _hidden(model, Inputs(*_with(inputs, arguments)), guess)
-    gradients = _gradients(hidden, [*leaves.values(), *arguments.values()], guess)
+    with _hidden(model, Inputs(*_with(inputs, arguments)), guess) as hidden:
+        gradients = _gradients(hidden, [*leaves.values(), *arguments.values()], guess)
     largest = max((float(g.abs().max()) for gs in gradients for g in gs.values()), default=0.0)
     found = [
         HeadTensor(path, *layout)
@@ -128,8 +130,12 @@ def _with(inputs: Inputs, changed: dict[int | str, Tensor]) -> tuple[Any, Any]:
     return args, {key: changed.get(key, value) for key, value in inputs.kwargs.items()}
 
 
-def _hidden(model: nn.Module, inputs: Inputs, guess: Attention) -> Tensor:
-    """The heads' channels at the projection's input, with norms made to keep channels apart."""
+@contextmanager
+def _hidden(model: nn.Module, inputs: Inputs, guess: Attention) -> Iterator[Tensor]:
+    """The heads' channels at the projection's input, with norms made to keep channels apart.
+
+    Gradients are taken inside, where a module that computes its activations again does it alike.
+    """
     seen: list[Tensor] = []
 
     def watch(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -142,9 +148,9 @@ def _hidden(model: nn.Module, inputs: Inputs, guess: Attention) -> Tensor:
             model(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise CannotCut(f"a copy of it can't be run alone ({error})") from error
-    if len(seen) != 1 or not seen[0].requires_grad:
-        raise CannotCut(f"{guess.down} is not called once as a module")
-    return seen[0]
+        if len(seen) != 1 or not seen[0].requires_grad:
+            raise CannotCut(f"{guess.down} is not called once as a module")
+        yield seen[0]
 
 
 def norms_over_heads(model: nn.Module, guess: Attention) -> list[tuple[str, nn.Module]]:
