@@ -95,6 +95,9 @@ class HeadCounts:
 def grouped_queries(module: nn.Module, up: tuple[str, ...], heads: int, values: int) -> str | None:
     """Why heads can't be cut where several of the queries share one of the keys and values.
 
+    Where one layer makes all, its size does not tell that from keys that are narrower than values,
+    or from queries that come from elsewhere.
+
     Args:
         module: the attention.
         up: the Linears that make q, k and v.
@@ -104,15 +107,21 @@ def grouped_queries(module: nn.Module, up: tuple[str, ...], heads: int, values: 
     layers = [module.get_submodule(name) for name in up]
     made = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
     if len(up) > 1:
-        widths = [(queries, values) for queries in made[:-1]]
-    else:  # queries are as wide as what reads the heads
-        others = [m for m in module.modules() if isinstance(m, nn.Linear) and m not in layers]
-        widths = [(m.in_features, (made[0] - m.in_features) // 2) for m in others if made]
-    for queries, shared in widths:
-        block = queries // heads
-        if 0 < shared < queries and queries % heads == 0 and shared % block == 0:
+        queries, block = made[0], made[0] // heads
+        if queries % heads or not 0 < values < queries or values % block:
+            return None
+        return (
+            f"its {heads} query heads share {values // block} heads of keys and values "
+            "(grouped queries), which are not cut"
+        )
+    for name, other in module.named_modules():
+        if not made or not isinstance(other, nn.Linear) or other in layers:
+            continue
+        read = other.in_features  # queries are as wide as what reads the heads
+        if read < made[0] < 3 * read and read % heads == 0:
             return (
-                f"its {heads} query heads share {shared // block} heads of keys and values "
-                "(grouped queries), which are not cut"
+                f"{up[0]} makes {made[0]} channels and {name} reads {read}, not a third of them: "
+                "queries share heads of keys and values, keys are narrower than values, or "
+                "queries come from elsewhere; such heads are not cut"
             )
     return None
