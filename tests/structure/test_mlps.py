@@ -321,3 +321,31 @@ def test_activations_that_are_computed_again_are_so_as_when_they_were_traced(
     found = tp_amp.find_mlps(model.train(training), torch.randn(2, 5, 4))
     assert [mlp.down for mlp in found] == ["1.down", "2.down"]
     assert all(module.training is training for module in model.modules())
+
+
+class OfList(nn.Module):
+    """Takes a list of images, as detection models do, and targets that may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, images: list[Tensor], targets: dict[str, Tensor] | None = None) -> Tensor:
+        assert targets is None or targets.items()
+        x = torch.stack(images)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_list_of_images_is_one_argument(count: int) -> None:
+    images = [torch.randn(5, 16) for _ in range(count)]
+    for given in ((images,), {"images": images}):
+        found = tp_amp.inspect(OfList(), given)
+        assert [mlp.down for mlp in found.mlps] == ["down"]
+        assert [attention.down for attention in found.attentions] == ["proj"]
+        assert found.shares["MLPs"].macs == count * 5 * 2 * 16 * 24

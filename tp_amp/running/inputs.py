@@ -57,8 +57,12 @@ class Inputs:
         return next((grid for grid in found if isinstance(grid, Tensor) and grid.dim() == 2), None)
 
     def raw(self) -> Any:
-        """As a script gives them to `forward_fn`: one tensor, several in a tuple, or a dict."""
-        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
+        """As a script gives them to `forward_fn`: one tensor, several in a tuple, or a dict.
+
+        A list of images as the one argument stays in its tuple, for it would be read as several.
+        """
+        alone = len(self.args) == 1 and not isinstance(self.args[0], (tuple, list))
+        return self.kwargs or (self.args[0] if alone else self.args)
 
     def to(self, device: str) -> Inputs:
         """The same arguments with all tensors on another device."""

@@ -254,4 +254,4 @@ def _record_readers(model: nn.Module, inputs: Inputs, run: Any) -> dict[nn.Modul
     finally:
         for tensor, flag in zip(floating, required, strict=True):
             tensor.requires_grad_(flag)
-    return reads if len(floating) == len(inputs.tensors()) else None
+    return reads if floating and len(floating) == len(inputs.tensors()) else None
