@@ -210,3 +210,44 @@ def test_an_attention_that_computes_its_activations_again_can_lose_heads() -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), RecomputingAttention(), nn.Linear(16, 3))
     assert [a.down for a in find_attentions(model, torch.randn(2, 5, 4))] == ["1.proj"]
+
+
+class NormInFloat(nn.LayerNorm):
+    """As in OpenAI's CLIP: computed in float32, whatever the model's type is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.type(torch.float32)).type(x.dtype)
+
+
+class InFloat(nn.Module):
+    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_heads, self.cast = 4, cast
+        self.norm, self.qkv, self.proj = NormInFloat(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (self.cast(part) for part in parts.permute(2, 0, 3, 1, 4))
+        weights = (q @ k.mT).softmax(-1, dtype=torch.float32)
+        return x + self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float": Tensor.float,
+    "to": lambda x: x.to(torch.float32),
+    "to by name": lambda x: x.to(dtype=torch.float32),
+    "type": lambda x: x.type(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_an_attention_that_computes_in_float32_whatever_comes_can_lose_heads(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), InFloat(CASTS[name]), nn.Linear(16, 3)).eval()
+    x = torch.randn(2, 5, 4)
+    found = find_attentions(model, x)
+    assert [attention.down for attention in found] == ["1.proj"]
+    keep = {"1.proj": [0, 3]}
+    expected = zeroed(model, found, keep)(x)
+    prune(build_graph(model, x).graph, found, keep)
+    assert relative(model(x), expected) < 1e-5

@@ -10,6 +10,7 @@ from toys import fingerprint, images, toy
 from tp_amp.structure.comparing.copies import (
     HOOKS,
     CannotCut,
+    StayingDouble,
     distance,
     first_output,
     in_double,
@@ -105,3 +106,16 @@ def test_attentions_are_switched_where_they_can() -> None:
     assert switches(model) == [True, False]
     assert switched(model, False)[1].fused_attn is False
     assert switched(model, None)[1].fused_attn is False
+
+
+def test_a_copy_stays_in_double_precision_whatever_it_asks_for() -> None:
+    x = torch.rand(3, dtype=torch.double)
+    with StayingDouble():
+        asked = [x.float(), x.half(), x.to(torch.bfloat16), x.softmax(-1, dtype=torch.float32)]
+        asked += [torch.zeros(2, dtype=torch.float32), x.to("cpu", dtype=torch.float16)]
+        bits = torch.zeros(2, dtype=torch.int32).view(torch.float32)
+        whole = x.to(torch.int64)
+    assert {tensor.dtype for tensor in asked} == {torch.double}
+    assert torch.equal(asked[0], x)
+    assert (bits.dtype, whole.dtype) == (torch.float32, torch.int64)
+    assert x.float().dtype == torch.float32

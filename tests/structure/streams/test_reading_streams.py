@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import ToyViT, fingerprint, images, toy
+from toys import ToyViT, fingerprint, images, relative, toy
 
 import tp_amp
 from tp_amp.structure.model_structure import ModelStructure
@@ -87,3 +87,29 @@ def test_a_rotation_that_is_none_is_refused() -> None:
     flip[0, 0] = -1
     with pytest.raises(ValueError, match="the stream of embed can't be rotated"):
         turned_copy(model, [(stream, flip)], structure.inputs)
+
+
+class TellingBlocks(nn.Module):
+    """Takes bytes, and gives a mask, numbers and an empty tensor beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x.float() / 255)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x))
+        y = self.head(self.norms[-1](x))
+        return y, torch.ones(2, 5, dtype=torch.bool), torch.arange(5), y[:, :0]
+
+
+def test_a_model_of_bytes_that_gives_a_mask_too_is_rotated() -> None:
+    model = TellingBlocks().eval()
+    x = torch.randint(255, (8, 5, 4), dtype=torch.uint8)
+    expected = model(x)[0].detach()
+    assert len(tp_amp.rotate(model, x[:1], [x], progress=False)) == 1
+    assert relative(model(x)[0], expected) < 1e-5

@@ -16,7 +16,7 @@ from tp_amp.running.restoring import hooks
 from tp_amp.structure.attention.adapting import OWN, adapt
 from tp_amp.structure.attention.head_forward import HeadCut
 from tp_amp.structure.attention.heads import Attention, HeadTensor
-from tp_amp.structure.comparing.copies import CannotCut
+from tp_amp.structure.comparing.copies import CannotCut, StayingDouble
 
 _ROUNDING = 1e-6
 
@@ -145,7 +145,8 @@ def _hidden(model: nn.Module, inputs: Inputs, guess: Attention) -> Iterator[Tens
     handles += [norm.register_forward_hook(_scaled) for _, norm in norms_over_heads(model, guess)]
     with hooks(handles):
         try:
-            model(*inputs.args, **inputs.kwargs)
+            with StayingDouble():
+                model(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise CannotCut(f"a copy of it can't be run alone ({error})") from error
         if len(seen) != 1 or not seen[0].requires_grad:

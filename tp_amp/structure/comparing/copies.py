@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tp_amp.running.inputs import Inputs
 from tp_amp.running.watching import all_tensors
@@ -15,6 +16,7 @@ from tp_amp.running.watching import all_tensors
 TOLERANCE = 1e-5
 # Where a module keeps its hooks, which the copy that is checked has none of.
 HOOKS = frozenset(n for n, v in vars(nn.Module()).items() if "hook" in n and isinstance(v, dict))
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 class CannotCut(Exception):
@@ -77,6 +79,29 @@ def in_double(value: Any) -> Any:
     return value
 
 
+class StayingDouble(TorchFunctionMode):
+    """While it is entered, whatever asks for another float type gets double precision.
+
+    A norm may write down that it computes in float32, which a copy has no weights of.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Ask for double precision in its place."""
+        if func in _CASTS:
+            func = Tensor.double
+        elif func is not Tensor.view:  # which looks at the same bits
+            args = tuple(map(_double_type, args))
+            kwargs = {name: _double_type(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _double_type(value: Any) -> Any:
+    asked = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.double if asked else value
+
+
 def switches(model: nn.Module) -> list[bool | None]:
     """All that a model may be `switched` to: fused and not, or None where it has no switch."""
     told = any(type(vars(module).get("fused_attn")) is bool for module in model.modules())
@@ -93,7 +118,8 @@ def switched(model: nn.Module, fused: bool | None) -> nn.Module:
 
 def first_output(inputs: Inputs, model: nn.Module) -> Tensor:
     """The first tensor of the output; what follows are attention maps."""
-    return all_tensors(model(*inputs.args, **inputs.kwargs))[0]
+    with StayingDouble():
+        return all_tensors(model(*inputs.args, **inputs.kwargs))[0]
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -102,4 +128,6 @@ def distance(one: Tensor, other: Tensor) -> float:
         return float("inf")
     if not one.numel():
         return 0.0
+    if not (one.is_floating_point() or one.is_complex()):
+        one, other = one.double(), other.double()  # no truth values can be subtracted
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))

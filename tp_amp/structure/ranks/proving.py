@@ -20,6 +20,7 @@ from tp_amp.structure.attention.finding import record_calls
 from tp_amp.structure.attention.heads import Attention
 from tp_amp.structure.comparing.copies import (
     CannotCut,
+    StayingDouble,
     distance,
     first_output,
     in_double,
@@ -174,7 +175,8 @@ def _values(owner: nn.Module, inputs: Inputs, site: HeadRanks) -> int | None:
         return None
     inside, model = site.below(), noisy_copy(owner)
     inputs = Inputs(in_double(inputs.args), in_double(inputs.kwargs))
-    given = inputs.call(model)
+    with StayingDouble():
+        given = inputs.call(model)
     if isinstance(given, Tensor):
         values = 0
     elif isinstance(given, tuple) and all(value is None for value in given[1:]):

@@ -15,7 +15,7 @@ from tp_amp.running.inputs import Inputs, runner
 from tp_amp.running.restoring import evaluating, seeded
 from tp_amp.running.ties import shared_parameters
 from tp_amp.running.watching import all_tensors
-from tp_amp.structure.comparing.copies import in_double, noisy_copy
+from tp_amp.structure.comparing.copies import StayingDouble, distance, in_double, noisy_copy
 from tp_amp.structure.graph import TracedGraph
 from tp_amp.structure.streams.graph_weights import GraphWeights
 from tp_amp.structure.streams.norm_kinds import reflection
@@ -256,15 +256,12 @@ def _some_rotation(stream: Stream) -> Tensor:
 
 def _outputs(model: nn.Module, inputs: Inputs, forward_fn: Run) -> list[Tensor]:
     """All tensors that a model gives, the same where it draws anything."""
-    with seeded(0):
+    with seeded(0), StayingDouble():
         return all_tensors(inputs.call(runner(model, forward_fn)))
 
 
 def differ(some: list[Tensor], others: list[Tensor]) -> float:
     """The largest difference of outputs, relative to the largest value of each."""
-    if [tensor.shape for tensor in some] != [tensor.shape for tensor in others]:
+    if len(some) != len(others):
         return float("inf")
-    return max(
-        float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
-        for one, other in zip(some, others, strict=True)
-    )
+    return max(map(distance, some, others), default=0.0)
