@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,17 +16,44 @@ from tp_amp.structure.streams.graph_weights import is_product, operation_name
 
 def residual_additions(traced: TracedGraph) -> Iterator[Any]:
     """The additions of what layers make of something to that something, the last first."""
-    for node in list(traced.graph.module2node.values()):
+    nodes = list(traced.graph.module2node.values())
+    depths = _depths(nodes)
+    for node in nodes:
         adds = is_operation(node) and operation_name(node) == "Add"
         if adds and any(
-            _comes_through_layers(node, one) for one in node.inputs if not is_constant(one)
+            _comes_through_layers(node, one, depths) for one in node.inputs if not is_constant(one)
         ):
             yield node
 
 
-def _comes_through_layers(addition: Any, skip: Any) -> bool:
+def _depths(nodes: Sequence[Any]) -> dict[Any, int]:
+    """How many nodes lie on the longest way to a node.
+
+    What lies on or behind a circle, as where a module is called twice, has none.
+    """
+    readers: dict[Any, list[Any]] = {node: [] for node in nodes}
+    for node in nodes:
+        for before in node.inputs:
+            readers[before].append(node)
+    missing = {node: len(node.inputs) for node in nodes}
+    depths = {node: 0 for node in nodes if not node.inputs}
+    ready = list(depths)
+    longest = dict.fromkeys(nodes, 0)
+    while ready:
+        node = ready.pop()
+        for reader in readers[node]:
+            longest[reader] = max(longest[reader], depths[node] + 1)
+            missing[reader] -= 1
+            if not missing[reader]:
+                depths[reader] = longest[reader]
+                ready.append(reader)
+    return depths
+
+
+def _comes_through_layers(addition: Any, skip: Any, depths: Mapping[Any, int]) -> bool:
     """Whether what is added to `skip` is made of it by layers."""
     seen: set[Any] = set()
+    least = depths.get(skip, -1)  # what is not as deep does not come from it
     stack = [(other, False) for other in addition.inputs if other is not skip]
     while stack:
         node, layers = stack.pop()
@@ -37,7 +64,11 @@ def _comes_through_layers(addition: Any, skip: Any) -> bool:
         if (node, layers) not in seen:
             seen.add((node, layers))
             layers |= not is_operation(node) or is_product(node)
-            stack += [(before, layers) for before in node.inputs]
+            stack += [
+                (before, layers)
+                for before in node.inputs
+                if before is skip or depths.get(before, least + 1) > least
+            ]
     return False
 
 
