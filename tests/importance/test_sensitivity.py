@@ -218,3 +218,14 @@ def test_an_objective_of_other_layers_has_a_gradient() -> None:
         progress=False,
     )
     assert found.outputs == {}
+
+
+def test_images_of_nan_are_told() -> None:
+    bad = images(4)
+    bad[2, 0, 0, 0] = float("nan")
+    plan = tp_amp.PruningPlan({"blocks.1.mlp.second": [0, 1]})
+    message = "what the model gives is not finite; check weights and images for NaN"
+    with pytest.raises(ValueError, match=message):
+        tp_amp.ReconstructionImportance().collect(toy(), [images(4), bad], progress=False)
+    with pytest.raises(ValueError, match=message):
+        tp_amp.compensate(toy(), plan, [images(4), bad], token_weights="sensitivity")

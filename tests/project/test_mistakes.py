@@ -79,6 +79,20 @@ class Place(NamedTuple):
         return tp_amp.plan_from_importance(model, self.x, tp_amp.DIMAPImportance(), 0.5)
 
 
+class Named(nn.Module):
+    """Takes images by name, as models of transformers do, or a mask behind them, as timm's ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 4, 4)
+
+    def forward(self, pixel_values: Tensor, mask: Tensor | None = None) -> Tensor:
+        tokens = self.embed(pixel_values).flatten(2)
+        return tokens if mask is None else tokens.masked_fill(mask, 0)
+
+
+NAMED = Named()
+PERCEPTRON = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.GELU(), nn.Linear(12, 5))
 Call = Callable[[Place], Any]
 # What is called, the error, and what its message says.
 MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
@@ -444,6 +458,33 @@ MISTAKES: dict[str, tuple[Call, type[Exception], str]] = {
         lambda p: tp_amp.inspect(toy(), p.x[0].expand(3, 8, 8)),
         ValueError,
         r"an image stands without a batch; pass images\[None\]",
+    ),
+    "one image by name": (
+        lambda p: tp_amp.inspect(NAMED, {"pixel_values": p.x[0].expand(3, 8, 8)}),
+        ValueError,
+        r"an image stands without a batch; pass images\[None\]",
+    ),
+    "labels beside the images": (
+        lambda p: tp_amp.inspect(NAMED, (images(4), torch.arange(4))),
+        ValueError,
+        r"what stands behind the images are labels; pass the images alone",
+    ),
+    "labels for images": (
+        lambda p: tp_amp.inspect(p.model, torch.arange(4)),
+        ValueError,
+        r"int64 numbers in one row are labels, no images",
+    ),
+    "a mask for indices": (
+        lambda p: p.applied({DOWN: [True, False]}),
+        TypeError,
+        rf"whole numbers of {DOWN}, found truth values; pass the places where the mask is true",
+    ),
+    "heads of a model that shows none": (
+        lambda p: tp_amp.AdaptiveMLPPruner(
+            PERCEPTRON, p.x, tp_amp.DIMAPImportance(), p.loader, prune_num_heads=True
+        ),
+        ValueError,
+        r"no attention was found in Sequential; num_heads=\{layer: heads\} tells the Linears",
     ),
     "a dict for a tensor": (
         lambda p: tp_amp.inspect(p.model, {"pixel_values": p.x}),

@@ -85,8 +85,9 @@ def sensitivity(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: a layer is not called, the objective does not depend on it, a gradient is not
-            finite, or the model has no blocks one after another for `activation_checkpointing`.
+        ValueError: a layer is not called, the objective does not depend on it, what the model gives
+            or a gradient is not finite, or the model has no blocks one after another for
+            `activation_checkpointing`.
     """
     layers = list(dict.fromkeys([*outputs, *places, *products]))
     optional = set(layers) - ({*outputs, *products} - {*optional})
@@ -200,6 +201,8 @@ def _loss(model: nn.Module, turn: Turn, objective: Objective) -> Tensor:
         inputs = turn.inputs
         return torch.zeros(()) if inputs is None else objective(model, inputs) * inputs.images
     log_p = logits.double().log_softmax(-1)
+    if bool(log_p.isnan().any()):
+        raise ValueError("what the model gives is not finite; check weights and images for NaN")
     chances = log_p.detach().exp().cpu()
     possible = log_p.detach().isfinite().cpu()
     chances = (1 - _UNSURE) * chances + _UNSURE * possible / possible.sum(-1, keepdim=True)

@@ -93,6 +93,11 @@ def planned_sites(structure: ModelStructure, plan: PruningPlan) -> dict[str, Sit
         ValueError: as `apply_plan`.
     """
     for down, kept in plan.keep.items():
+        if isinstance(kept, Sequence) and any(isinstance(i, bool) for i in kept):
+            raise TypeError(
+                f"the plan must keep a list of whole numbers of {down}, found truth values; pass "
+                "the places where the mask is true"
+            )
         whole = isinstance(kept, Sequence) and all(isinstance(i, Integral) for i in kept)
         if not whole or isinstance(kept, str):
             raise TypeError(f"the plan must keep a list of whole numbers of {down}, found {kept!r}")

@@ -148,6 +148,12 @@ class ModelStructure:
             ValueError: there is none; each is named with its reason.
         """
         found, reasons = self.attentions
+        if not found and not reasons:
+            raise ValueError(
+                f"no attention was found in {type(self.model).__name__}; "
+                "num_heads={layer: heads} tells the Linears that make q, k and v of one that goes "
+                "by other names"
+            )
         self._tell(found, reasons, "no attention of {} can lose heads", "attentions keep all heads")
         return found
 

@@ -52,7 +52,18 @@ def remedy(
         return "pass a tensor of images, or a tuple or a dict of arguments that holds one"
     if strange or wrong or isinstance(error, (AttributeError, KeyError)):
         return _of_names(function, args, kwargs)
-    return _of_images(function, kwargs, tensors[0])
+    return _of_labels(tensors) or _of_images(function, kwargs, tensors[0])
+
+
+def _of_labels(tensors: Sequence[Tensor]) -> str | None:
+    """What to do where numbers of classes stand for images, or beside them."""
+    images, *others = tensors
+    if images.dim() == 1 and not images.is_floating_point():
+        dtype = str(images.dtype).removeprefix("torch.")
+        return f"{dtype} numbers in one row are labels, no images; images come first in a batch"
+    if any(o.shape == images.shape[:1] and not o.is_floating_point() for o in others):
+        return "what stands behind the images are labels; pass the images alone"
+    return None
 
 
 def _of_names(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -81,7 +92,8 @@ def _of_images(function: Any, kwargs: Mapping[str, Any], images: Tensor) -> str:
         return "the images have their channels last; pass images.permute(0, 3, 1, 2)"
     if images.dim() > 2 and not images.is_floating_point():
         return f"the images are {dtype}; pass images.float() / 255, normalised as the model needs"
-    if images.dim() == 3 and images.shape[0] in (1, 3, 4) and not kwargs:
+    named_images = any(name.startswith("pixel_values") for name in kwargs)
+    if images.dim() == 3 and images.shape[0] in (1, 3, 4) and (named_images or not kwargs):
         return "an image stands without a batch; pass images[None]"
     weights = function.parameters() if isinstance(function, nn.Module) else ()
     like = next((p for p in weights if p.is_floating_point()), None)
