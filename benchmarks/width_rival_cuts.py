@@ -171,9 +171,8 @@ def best(scores: dict[str, Tensor], share: float) -> dict[str, list[int]]:
         for place, score in enumerate(of_layer.tolist())
     ]
     keep: dict[str, list[int]] = {name: [] for name in scores}
-    for _, name, place in sorted(ranks, reverse=True)[
-        : max(len(scores), round(share * len(ranks)))
-    ]:
+    count = max(len(scores), round(share * len(ranks)))
+    for _, name, place in sorted(ranks, reverse=True)[:count]:
         keep[name].append(place)
     return {name: sorted(places) for name, places in keep.items()}
 

@@ -49,6 +49,20 @@ def test_what_to_do_is_told_by_what_inputs_look_like(
     assert re.search(said, found), found
 
 
+def test_numbers_that_a_model_asks_for_are_no_labels() -> None:
+    """As the time and the class of a diffusion model."""
+
+    class Conditional(Model):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return self.embed(x) + y[:, None, None, None]
+
+    found = remedy(Conditional(), (IMAGES, LABELS), {}, [IMAGES, LABELS], RuntimeError("sizes"))
+    assert found.startswith("check that images have the size and channels")
+    named = {"pixel_values": IMAGES, "labels": LABELS}
+    found = remedy(Model(), (), named, [IMAGES, LABELS], RuntimeError("sizes"))
+    assert found.startswith("check that images have the size and channels")
+
+
 def test_shapes_or_kinds_are_told() -> None:
     assert shapes_of((IMAGES, LABELS), {}, [IMAGES, LABELS]) == (
         "inputs of shape (4, 3, 8, 8), (4,)"

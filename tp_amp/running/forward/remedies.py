@@ -52,16 +52,16 @@ def remedy(
         return "pass a tensor of images, or a tuple or a dict of arguments that holds one"
     if strange or wrong or isinstance(error, (AttributeError, KeyError)):
         return _of_names(function, args, kwargs)
-    return _of_labels(tensors) or _of_images(function, kwargs, tensors[0])
+    return _of_labels(function, args, tensors[0]) or _of_images(function, kwargs, tensors[0])
 
 
-def _of_labels(tensors: Sequence[Tensor]) -> str | None:
-    """What to do where numbers of classes stand for images, or beside them."""
-    images, *others = tensors
+def _of_labels(function: Any, args: Sequence[Any], images: Tensor) -> str | None:
+    """What to do where numbers of classes stand for images, or where none are asked for."""
     if images.dim() == 1 and not images.is_floating_point():
         dtype = str(images.dtype).removeprefix("torch.")
         return f"{dtype} numbers in one row are labels, no images; images come first in a batch"
-    if any(o.shape == images.shape[:1] and not o.is_floating_point() for o in others):
+    unasked = [value for value in args[len(required(function)) :] if isinstance(value, Tensor)]
+    if any(x.shape == images.shape[:1] and not x.is_floating_point() for x in unasked):
         return "what stands behind the images are labels; pass the images alone"
     return None
 
