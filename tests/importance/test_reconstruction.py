@@ -1,5 +1,6 @@
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -111,11 +112,13 @@ def test_layer_that_is_no_projection_raises(name: str) -> None:
         tp_amp.ReconstructionImportance(None).collect(model, [images()], layers=[name])
 
 
-def test_layer_that_is_not_called_raises() -> None:
+@pytest.mark.parametrize("objective", [None, "auto"])
+def test_layer_that_is_not_called_raises(objective: Any) -> None:
     model = toy()
     model.unused = nn.Linear(9, 3)
-    with pytest.raises(ValueError, match="unused was not called"):
-        tp_amp.ReconstructionImportance(None).collect(model, [images()], layers=["unused"])
+    importance = tp_amp.ReconstructionImportance(objective)
+    with pytest.raises(ValueError, match=r"unused.* not called on"):
+        importance.collect(model, [images()], layers=["unused", DOWN[0]])
 
 
 def test_nan_images_raise() -> None:

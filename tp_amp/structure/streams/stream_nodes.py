@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def _depths(nodes: Sequence[Any]) -> dict[Any, int]:
 
     What lies on or behind a circle, as where a module is called twice, has none.
     """
-    readers: dict[Any, list[Any]] = {node: [] for node in nodes}
+    readers: dict[Any, list[Any]] = defaultdict(list)
     for node in nodes:
         for before in node.inputs:
             readers[before].append(node)
